@@ -1,0 +1,35 @@
+# Each target sets up what it needs and does nothing twice. PYTHON: any Python 3.11+.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := apot_fat models scripts tests
+DEMO := result/demo
+
+.PHONY: demo test lint types check clean
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# progressive training end to end on the embedded digits; a second run finds its stages finished
+demo: $(VENV)/.installed
+	$(BIN)/python scripts/progressive.py --config configs/digits/resnet20_apot.toml --output $(DEMO)
+	$(BIN)/python scripts/progressive.py --config configs/digits/resnet20_fat.toml --bits 4,3 \
+		--init $(DEMO)/resnet20_32bit/model_best.pth.tar --output $(DEMO)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache

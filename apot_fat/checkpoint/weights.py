@@ -1,0 +1,161 @@
+"""Weights from any published naming, and ours, into a network."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apot_fat.checkpoint.files import read_checkpoint
+from apot_fat.quant.fake_quant import positive
+from apot_fat.quant.layers import quant_layers
+
+STATE_KEYS = ("state_dict", "model")  # under which published checkpoints keep the weights
+BEST_KEYS = ("best_prec", "best_acc1", "best_top1_acc")  # and the best accuracy, %
+
+_RENAMES = (
+    (re.compile(r"^module\."), ""),
+    (re.compile(r"\.weight_quant\.wgt_alpha$"), ".weight_alpha"),
+    (re.compile(r"\.weight_quant\.transform\.weight$"), ".transform"),
+)
+_UNUSED_TRANSFORM = re.compile(r"\.transform\.weight$")  # stored, never used, by FAT's first and last layers
+_QUANTIZER = re.compile(r"\.(weight_alpha|act_alpha|transform)$")
+
+
+def load_weights(
+    model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any], *, other_bits: bool = False
+) -> nn.Module:
+    """Load weights in any published naming, or ours, strictly.
+
+    Accepted: a path, a checkpoint dict (``state_dict`` or ``model``), or a state dict; names with or without
+    ``module.``; thresholds as ``weight_quant.wgt_alpha`` or ``weight_alpha``; FAT's ``weight_quant.transform.weight``,
+    its last layer named ``linear``, and the unused ``transform.weight`` of its first and last layers.
+
+    Args:
+        model: the network to fill in place.
+        source: where the weights come from.
+        other_bits: True to start from another bit-width: thresholds and transforms that the source lacks keep their
+            initial values, those that the model lacks are dropped, and so is a bias only full precision has.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: a file that is no checkpoint, or names and shapes that do not fit, naming them; the model is then
+            unchanged.
+    """
+    label = "state dict" if isinstance(source, Mapping) else f"checkpoint {Path(source)}"
+    content = source if isinstance(source, Mapping) else read_checkpoint(source)
+    state = _rename(state_dict_of(content, label), model)
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    left_over = [name for name in state if name not in own]
+    if other_bits:
+        missing = [name for name in missing if not _QUANTIZER.search(name)]
+        left_over = [name for name in left_over if not _QUANTIZER.search(name) and not _is_float_bias(name, own)]
+    misfits = [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    problems = [
+        f"{what} {_some(names)}"
+        for what, names in (("missing", missing), ("left over", left_over), ("of another shape", misfits))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"{label} does not fit this {type(model).__name__}: {'; '.join(problems)}{_hint(model, state)}"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if name in state:
+                tensor.copy_(state[name])
+    return model
+
+
+def state_dict_of(content: Mapping[str, Any], label: str = "checkpoint") -> dict[str, Tensor]:
+    """The state dict inside a checkpoint's content.
+
+    Raises:
+        ValueError: there is none, or an entry is no tensor.
+    """
+    for key in STATE_KEYS:
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{label} holds no state dict: expected tensors by name, as such or under {STATE_KEYS}")
+    return dict(content)
+
+
+def checkpoint_thresholds(
+    content: Mapping[str, Any], label: str = "checkpoint"
+) -> dict[str, tuple[float | None, float | None]]:
+    """The clipping thresholds in a checkpoint's content, published or ours, without building its network.
+
+    Returns:
+        (weight's, activation's) by layer name, in the order of definition; None where a side is float.
+
+    Raises:
+        ValueError: it holds no state dict.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for published, tensor in state_dict_of(content, label).items():
+        name = _our_name(published)
+        for suffix in ("weight_alpha", "act_alpha"):
+            if name.endswith(f".{suffix}"):
+                found.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = positive(tensor).item()
+    return {layer: (alphas.get("weight_alpha"), alphas.get("act_alpha")) for layer, alphas in found.items()}
+
+
+def best_accuracy(content: Mapping[str, Any]) -> float | None:
+    """The best top-1 accuracy (%) a checkpoint's content records, or None."""
+    for key in BEST_KEYS:
+        if isinstance(content.get(key), int | float | Tensor):
+            return float(content[key])
+    return None
+
+
+def _our_name(published: str) -> str:
+    name = published
+    for pattern, replacement in _RENAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def _rename(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    own = model.state_dict()
+    renamed = {}
+    for published, tensor in state.items():
+        name = _our_name(published)
+        if "fc.weight" in own and name.startswith("linear."):
+            name = f"fc.{name.removeprefix('linear.')}"
+        if _UNUSED_TRANSFORM.search(name) and name not in own:
+            continue
+        renamed[name] = tensor
+    return renamed
+
+
+def _is_float_bias(name: str, own: Mapping[str, Tensor]) -> bool:
+    return name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in own
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _hint(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    quantized_state = any(_QUANTIZER.search(name) for name in state)
+    quantized_model = any(True for _ in quant_layers(model))
+    if quantized_state != quantized_model:
+        kinds = ("quantized", "full-precision")
+        return (
+            f" (the weights are {kinds[not quantized_state]}, the network {kinds[not quantized_model]}: check the bits)"
+        )
+    return ""

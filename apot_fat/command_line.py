@@ -1,0 +1,149 @@
+"""The command line that the scripts share: one option a config field, recipes, one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from apot_fat.models import default_preset, find_architecture
+from apot_fat.training.config import TrainConfig, field_type
+from apot_fat.training.recipe import Recipe, find_recipe, read_recipe
+
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+
+log = logging.getLogger("apot_fat")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A parsed command line.
+
+    Args:
+        given: config values named on the command line.
+        implied: config values that follow from those.
+        recipe: the recipe of ``--config``, or the one under ``configs/`` for the network, data and method, or None.
+        options: the script's own options.
+    """
+
+    given: dict[str, Any]
+    implied: dict[str, Any]
+    recipe: Recipe | None
+    options: argparse.Namespace
+
+    def config(self, bit: int | None = None) -> TrainConfig:
+        """The run at a bit-width: recipe, then command line."""
+        bit = bit if bit is not None else self.given.get("bit", TrainConfig.bit)
+        values = {**self.implied, **self.given, "bit": bit}
+        return self.recipe.config(bit, values) if self.recipe else TrainConfig.from_dict(values, "command line")
+
+
+def make_parser(description: str) -> OneLineParser:
+    """A parser with one option for every field of ``TrainConfig``, and ``--config``."""
+    parser = OneLineParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.toml", help="recipe; options given beside it come over it")
+    group = parser.add_argument_group("run (each is a TOML key of the same name)")
+    for option in fields(TrainConfig):
+        dashed = f"--{option.name.replace('_', '-')}"
+        names = list(dict.fromkeys([*option.metadata["flags"], dashed, f"--{option.name}"]))
+        element, many, _ = field_type(option)
+        settings: dict[str, Any] = {"dest": f"config.{option.name}", "default": argparse.SUPPRESS}
+        help_text = f"{option.metadata['help']} (default: {_shown(option.default)})".replace("%", "%%")
+        if option.metadata["choices"]:
+            help_text = f"{', '.join(option.metadata['choices'])}: {help_text}"
+        if element is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings |= {"type": _many(element) if many else _one(element), "metavar": _METAVARS[element]}
+        group.add_argument(*names, help=help_text, **settings)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> Request:
+    """Parse, and find the recipe.
+
+    Without ``--data``, ``--arch``, ``--config`` the embedded digits are used; a named architecture without ``--data``
+    means the data set of its papers, so that the published command lines do what they did.
+
+    Raises:
+        ValueError: a bad value or an unknown key.
+    """
+    options = parser.parse_args(argv)
+    given = {key.removeprefix("config."): value for key, value in vars(options).items() if key.startswith("config.")}
+    if options.config:
+        return Request(given, {}, read_recipe(options.config), options)
+    arch = given.get("arch", TrainConfig.arch)
+    implied = {"data": find_architecture(arch).dataset} if "arch" in given and "data" not in given else {}
+    data = given.get("data") or implied.get("data") or TrainConfig.data
+    recipe = find_recipe(data, arch, given.get("preset") or default_preset(arch))
+    return Request(given, implied, recipe, options)
+
+
+def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> NoReturn:
+    """Run a script's main: log to standard output, a ``ValueError`` as one line on standard error with exit code 2."""
+    handler = _TqdmHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("apot_fat").addHandler(handler)
+    logging.getLogger("apot_fat").setLevel(logging.INFO)
+    try:
+        main(argv)
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(0)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with code 2."""
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+class _TqdmHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+# Text that is no number goes on as text: the config's own check then names the field and what is allowed.
+def _one(element: type) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        for number in (int, float) if element in (int, float) else ():
+            try:
+                return number(text)
+            except ValueError:
+                pass
+        return text
+
+    return convert
+
+
+def _many(element: type) -> Callable[[str], Any]:
+    one = _one(element)
+    return lambda text: [one(part) for part in text.split(",")]
+
+
+_METAVARS = {int: "N", float: "X", str: "NAME"}
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,199 @@
+"""Image sets kept in memory, and batches of them made on the training device.
+
+Shape suffixes: ``_NHWC`` images, ``_N`` one entry an image, ``_B`` one entry an image of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and labels.
+
+    Args:
+        images_NHWC: uint8, three channels.
+        labels_N: int64, range [0, number of classes).
+
+    Raises:
+        ValueError: shapes or types other than these.
+    """
+
+    images_NHWC: Tensor
+    labels_N: Tensor
+
+    def __post_init__(self) -> None:
+        images, labels = self.images_NHWC, self.labels_N
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != 3:
+            raise ValueError(f"images {images.dtype} {tuple(images.shape)}: expected uint8 (N, H, W, 3)")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise ValueError(f"labels {labels.dtype} {tuple(labels.shape)}: expected int64 ({images.shape[0]},)")
+        if not len(labels):
+            raise ValueError("a set of no images: at least one is needed")
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.images_NHWC.shape[1], self.images_NHWC.shape[2]
+
+    def subset(self, indices: Tensor) -> ImageSet:
+        """The images at the given indices."""
+        return ImageSet(self.images_NHWC[indices], self.labels_N[indices])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and test images of one task.
+
+    Args:
+        name: what logs call it, e.g. ``digits`` or a path.
+        classes: class names; a label is an index into them.
+        train: None where only a test set was named.
+        test: the images results are reported on.
+        val: training images held out to choose the epoch on, or None.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: ImageSet | None
+    test: ImageSet
+    val: ImageSet | None = None
+
+    def with_val_split(self, fraction: float, seed: int) -> Dataset:
+        """Hold out a random fraction of the training images.
+
+        Raises:
+            ValueError: a fraction outside [0, 1), or one that leaves either part empty.
+        """
+        if not 0 <= fraction < 1:
+            raise ValueError(f"val_split {fraction}: choose a fraction from 0 up to, not including, 1")
+        if fraction == 0 or self.train is None:
+            return self
+        held_out = round(len(self.train) * fraction)
+        if not 0 < held_out < len(self.train):
+            raise ValueError(f"val_split {fraction} of {len(self.train)} training images leaves one part empty")
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
+        train, val = self.train.subset(order[held_out:]), self.train.subset(order[:held_out])
+        return Dataset(self.name, self.classes, train, self.test, val)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The published CIFAR augmentation: zero padding, a random crop of the original size, a random mirror image.
+
+    Args:
+        padding: pixels on each side, ≥ 0.
+        flip: mirror half of the images.
+    """
+
+    padding: int = 4
+    flip: bool = True
+
+
+class ImageBatches:
+    """Batches of an image set, cropped, mirrored and normalised on its device, with no worker processes.
+
+    Equation: (pixel / 255 − mean) / std, per channel.
+
+    Args:
+        images: the set; moved to ``device`` whole.
+        batch_size: images a batch; the last may be smaller.
+        device: where batches are made.
+        mean, std: per channel, in units of 255.
+        augmentation: None for evaluation.
+        shuffle: a new order every epoch.
+        seed: with the epoch's number it determines order and augmentation, whatever happened before.
+        channels_last: memory format of the batches.
+
+    Iterating gives (x (B, 3, H, W) float32, labels (B,)) for the epoch last set with ``set_epoch``.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        batch_size: int,
+        device: torch.device,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        augmentation: Augmentation | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        channels_last: bool = True,
+    ) -> None:
+        self.images_NHWC = images.images_NHWC.to(device)
+        self.labels_N = images.labels_N.to(device)
+        self.batch_size = batch_size
+        self.mean = torch.tensor(mean, device=device)
+        self.std = torch.tensor(std, device=device)
+        self.augmentation = augmentation
+        self.shuffle = shuffle
+        self.seed = seed
+        self.channels_last = channels_last
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.labels_N) // self.batch_size)
+
+    @property
+    def num_images(self) -> int:
+        """Images an epoch."""
+        return len(self.labels_N)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order and augmentation the next iteration has."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        count, device = len(self.labels_N), self.labels_N.device
+        # everything random in an epoch is drawn here, on the CPU: the same on every device
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        order_N = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        offsets_N2 = flips_N = None
+        if self.augmentation is not None:
+            offsets_N2 = torch.randint(0, 2 * self.augmentation.padding + 1, (count, 2), generator=generator).to(device)
+            flips_N = torch.rand(count, generator=generator).to(device) < (0.5 if self.augmentation.flip else 0.0)
+        order_N = order_N.to(device)
+        for start in range(0, count, self.batch_size):
+            part = slice(start, start + self.batch_size)
+            images_BHWC = self.images_NHWC[order_N[part]]
+            if self.augmentation is not None and offsets_N2 is not None and flips_N is not None:
+                images_BHWC = crop_and_flip(images_BHWC, self.augmentation.padding, offsets_N2[part], flips_N[part])
+            x = images_BHWC.to(torch.float32).div_(255).sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+            yield x if self.channels_last else x.contiguous(), self.labels_N[order_N[part]]
+
+
+def crop_and_flip(images_BHWC: Tensor, padding: int, offsets_B2: Tensor, flips_B: Tensor) -> Tensor:
+    """Zero-pad, crop at an offset of its own per image, mirror where asked; one gather.
+
+    Args:
+        images_BHWC: any type.
+        padding: pixels on each side.
+        offsets_B2: row and column of each crop, range [0, 2 · padding].
+        flips_B: bool.
+
+    Returns:
+        Images of the same shape.
+    """
+    batch, height, width, _ = images_BHWC.shape
+    device = images_BHWC.device
+    padded = F.pad(images_BHWC, (0, 0, padding, padding, padding, padding)) if padding else images_BHWC
+    columns_W = torch.arange(width, device=device)
+    columns_BW = torch.where(flips_B[:, None], width - 1 - columns_W, columns_W) + offsets_B2[:, 1, None]
+    rows_BH = torch.arange(height, device=device) + offsets_B2[:, 0, None]
+    batch_B = torch.arange(batch, device=device)
+    return padded[batch_B[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]
+
+
+def _mix(seed: int, epoch: int) -> int:
+    # two seeds next to each other must not share epochs: an odd multiplier spreads them over 63 bits
+    return (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + 1) % (1 << 63)

@@ -1,0 +1,243 @@
+"""Where images come from: the embedded digits, CIFAR, a folder of images, an ``.npz`` file.
+
+A new data set: a function that returns a ``Dataset``, and its line in ``NAMED``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from apot_fat.data.images import Dataset, ImageSet
+from apot_fat.quant.spec import nearest
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+MAX_BYTES_IN_MEMORY = 8 << 30
+_THREADS_FROM_PIXELS = 64 * 64  # below, decoding is so short that threads wait on the interpreter: 15k images/s with
+# one thread against 9k with two at 32 × 32, 3.8k against 5.4k at 96 × 96 (2 cores)
+
+CIFAR_ARCHIVES = {
+    "cifar10": ("CIFAR10", "cifar-10-python.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+    "cifar100": ("CIFAR100", "cifar-100-python.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
+}
+
+
+def load_dataset(
+    source: str,
+    *,
+    test_source: str | None = None,
+    root: str | os.PathLike[str] = "data",
+    image_size: int | None = None,
+    val_split: float = 0.0,
+    seed: int = 0,
+    need_train: bool = True,
+) -> Dataset:
+    """Load a data set into memory.
+
+    Args:
+        source: ``digits``, ``cifar10``, ``cifar100``; a folder with ``train/CLASS/*`` and ``test/CLASS/*`` (or
+            ``val``); or an ``.npz`` file with ``images`` uint8 (N, 3, H, W) or (N, H, W, 3) and ``labels``.
+        test_source: a folder of class folders or an ``.npz`` with the test images, instead of the source's.
+        root: where CIFAR is, or is downloaded to.
+        image_size: height and width that images are brought to (shorter side resized, centre cropped), pixels.
+        val_split: fraction of the training images to hold out, [0, 1).
+        seed: chooses the held-out images.
+        need_train: False where only the test images are wanted.
+
+    Returns:
+        The ``Dataset``; its ``train`` may be None when not needed.
+
+    Raises:
+        ValueError: an unknown name, a missing or damaged file, images of several sizes without ``image_size``.
+    """
+    if image_size is not None and not 4 <= image_size <= 1024:
+        raise ValueError(f"image_size {image_size}: choose 4 to 1024 pixels")
+    if source in NAMED:
+        dataset = NAMED[source](Path(root))
+        if image_size is not None:
+            dataset = _resized(dataset, image_size)
+    else:
+        dataset = _from_path(Path(source), test_source, image_size, need_train)
+    if source in NAMED and test_source is not None:
+        test, classes = _read_set(Path(test_source), image_size, dataset.classes)
+        dataset = Dataset(dataset.name, classes, dataset.train, test)
+    for part in (dataset.train, dataset.test):
+        if part is not None and int(part.labels_N.max()) >= len(dataset.classes):
+            raise ValueError(f"{source}: label {int(part.labels_N.max())} of {len(dataset.classes)} classes")
+    return dataset.with_val_split(val_split, seed)
+
+
+def load_digits(root: Path) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits (8 × 8), 1,437 for training and 360 for testing, split by class."""
+    from sklearn.datasets import load_digits as read
+    from sklearn.model_selection import train_test_split
+
+    bunch = read()
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # 0 … 16 in the file
+    split = train_test_split(pixels, bunch.target, test_size=360, stratify=bunch.target, random_state=0)
+    train_x, test_x, train_y, test_y = split
+    sets = [
+        ImageSet(torch.from_numpy(np.repeat(x[..., None], 3, axis=3)), torch.from_numpy(y.astype(np.int64)))
+        for x, y in ((train_x, train_y), (test_x, test_y))
+    ]
+    return Dataset("digits", tuple(str(d) for d in range(10)), *sets)
+
+
+def load_cifar(name: str, root: Path) -> Dataset:
+    """CIFAR-10 or CIFAR-100 through torchvision, downloaded into ``root`` where it is not there yet.
+
+    Raises:
+        ValueError: neither there nor to be downloaded; says which file to put where.
+    """
+    from torchvision import datasets
+
+    class_name, archive, url = CIFAR_ARCHIVES[name]
+    root_existed = root.exists()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            parts = [getattr(datasets, class_name)(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, EOFError) as error:
+        if not root_existed and root.is_dir() and not any(root.iterdir()):
+            root.rmdir()
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{name} is not in {root} and could not be downloaded ({reason}): put {archive} from {url} into {root}/"
+        ) from error
+    sets = [ImageSet(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts]
+    return Dataset(name, tuple(parts[0].classes), *sets)
+
+
+NAMED: dict[str, Callable[[Path], Dataset]] = {
+    "digits": load_digits,
+    "cifar10": lambda root: load_cifar("cifar10", root),
+    "cifar100": lambda root: load_cifar("cifar100", root),
+}
+
+
+def _from_path(path: Path, test_source: str | None, image_size: int | None, need_train: bool) -> Dataset:
+    if not path.exists():
+        raise ValueError(
+            f"no data set {str(path)!r}{nearest(str(path), NAMED)}: "
+            f"choose {', '.join(NAMED)}, a folder, or an .npz file"
+        )
+    train_path, test_path = path, Path(test_source) if test_source else None
+    if path.is_dir() and (path / "train").is_dir():
+        train_path = path / "train"
+        held = [path / name for name in ("test", "val") if (path / name).is_dir()]
+        if test_path is None and not held:
+            raise ValueError(f"{path}: has train/ but neither test/ nor val/")
+        test_path = test_path or held[0]
+    if test_path is None:
+        if need_train:
+            raise ValueError(f"{path}: holds one set of images; name the test images with --test-data")
+        test_path = path
+    train, classes = None, None
+    if need_train:
+        train, classes = _read_set(train_path, image_size, None)
+    test, classes = _read_set(test_path, image_size, classes)
+    if train is not None and train.size != test.size:
+        raise ValueError(f"{path}: training images are {train.size}, test images {test.size}; give --image-size")
+    return Dataset(str(path), classes, train, test)
+
+
+def _read_set(path: Path, image_size: int | None, classes: tuple[str, ...] | None) -> tuple[ImageSet, tuple[str, ...]]:
+    if not path.exists():
+        raise ValueError(f"no images at {path}")
+    return _read_folder(path, image_size, classes) if path.is_dir() else _read_npz(path, image_size, classes)
+
+
+def _read_npz(path: Path, image_size: int | None, classes: tuple[str, ...] | None) -> tuple[ImageSet, tuple[str, ...]]:
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            images, labels = content["images"], content["labels"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not an .npz file with arrays `images` and `labels`") from error
+    if images.ndim == 4 and images.shape[1] == 3 and images.shape[3] != 3:
+        images = images.transpose(0, 2, 3, 1)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"{path}: images {images.dtype} {images.shape}, expected uint8 (N, 3, H, W) or (N, H, W, 3)")
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not labels.size or labels.min() < 0:
+        raise ValueError(f"{path}: labels {labels.dtype} {labels.shape}, expected {len(images)} integers from 0 up")
+    found = ImageSet(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64)))
+    names = classes or tuple(str(label) for label in range(int(labels.max()) + 1))
+    return (_resize(found, image_size) if image_size else found), names
+
+
+def _read_folder(
+    path: Path, image_size: int | None, classes: tuple[str, ...] | None
+) -> tuple[ImageSet, tuple[str, ...]]:
+    found = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
+    if not found:
+        raise ValueError(f"{path}: holds no class folders")
+    unknown = sorted(set(found) - set(classes or found))
+    if unknown:
+        raise ValueError(f"{path}: class folder {unknown[0]!r} is not among the training classes")
+    classes = classes or found
+    files = [
+        (file, classes.index(name))
+        for name in found
+        for file in sorted((path / name).iterdir())
+        if file.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not files:
+        raise ValueError(f"{path}: its class folders hold no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    fit = _fit_to(image_size) if image_size else None
+    first = _decode(files[0][0], fit)
+    height, width = first.shape[:2]
+    if (needed := len(files) * first.numel()) > MAX_BYTES_IN_MEMORY:
+        raise ValueError(
+            f"{path}: {len(files)} images of {width} × {height} take {needed >> 30} GiB in memory; "
+            "give a smaller --image-size"
+        )
+    images_NHWC = torch.empty((len(files), *first.shape), dtype=torch.uint8)
+
+    def decode(index: int) -> None:
+        pixels = _decode(files[index][0], fit)
+        if pixels.shape != first.shape:
+            raise ValueError(
+                f"{files[index][0]}: {pixels.shape[1]} × {pixels.shape[0]} pixels where others have "
+                f"{width} × {height}; give --image-size"
+            )
+        images_NHWC[index] = pixels
+
+    with contextlib.ExitStack() as stack:
+        threads = height * width >= _THREADS_FROM_PIXELS
+        run = stack.enter_context(ThreadPoolExecutor(os.cpu_count())).map if threads else map
+        bar = stack.enter_context(tqdm(total=len(files), desc=f"decode {path.name}", unit="img", disable=None))
+        for _ in run(decode, range(len(files))):
+            bar.update()
+    return ImageSet(images_NHWC, torch.tensor([label for _, label in files])), classes
+
+
+def _decode(file: Path, fit: v2.Transform | None) -> Tensor:
+    try:
+        pixels_CHW = decode_image(str(file), ImageReadMode.RGB)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{file}: not a readable image (JPEG, PNG or WebP)") from error
+    return (fit(pixels_CHW) if fit else pixels_CHW).permute(1, 2, 0)
+
+
+def _fit_to(size: int) -> v2.Transform:
+    return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+
+
+def _resize(images: ImageSet, size: int) -> ImageSet:
+    resized = _fit_to(size)(images.images_NHWC.permute(0, 3, 1, 2))
+    return ImageSet(resized.permute(0, 2, 3, 1).contiguous(), images.labels_N)
+
+
+def _resized(dataset: Dataset, size: int) -> Dataset:
+    train = None if dataset.train is None else _resize(dataset.train, size)
+    return Dataset(dataset.name, dataset.classes, train, _resize(dataset.test, size), dataset.val)

@@ -1,0 +1,93 @@
+"""Evaluation from the command line: which checkpoint, which network, which images; and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from apot_fat.checkpoint import load_weights, read_checkpoint
+from apot_fat.command_line import Request, log
+from apot_fat.models import create_model, find_architecture
+from apot_fat.quant.layers import show_params
+from apot_fat.training.config import TrainConfig
+from apot_fat.training.device import choose_device
+from apot_fat.training.loop import Result, evaluate
+from apot_fat.training.run import BEST, load_config_dataset, make_batches
+
+PUBLISHED_ARCH = "res20"  # what the published evaluation line leaves out
+
+
+def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    """The published ``-e/--evaluate`` and ``--test_only``."""
+    parser.add_argument("-e", "--evaluate", action="store_true", help="evaluate the checkpoint of --init")
+    parser.add_argument(
+        "--test_only", "--test-only", action="store_true", help="evaluate <output>/<arch>_<bit>bit/model_best.pth.tar"
+    )
+
+
+def evaluate_request(request: Request) -> Result:
+    """Evaluate what a command line names and print the published lines: test log, precision, thresholds.
+
+    One of our checkpoints knows its network, bits and data; a released one is on CIFAR-10 unless told.
+
+    Raises:
+        ValueError: no such checkpoint, one of another network, or bits that are neither recorded nor given.
+    """
+    path = _checkpoint_path(request)
+    content = read_checkpoint(path)
+    recorded = content.get("config")
+    if isinstance(recorded, dict):
+        kept = {**recorded, **request.given}
+        if (
+            "arch" in request.given
+            and find_architecture(request.given["arch"]).name != find_architecture(recorded["arch"]).name
+        ):
+            raise ValueError(f"checkpoint {path}: holds {recorded['arch']}, not {request.given['arch']}")
+        config = TrainConfig.from_dict(kept, f"checkpoint {path}")
+    else:
+        if "bit" not in request.given:
+            raise ValueError(f"checkpoint {path}: does not record its bit-width; give --bit")
+        published: dict[str, Any] = {"arch": PUBLISHED_ARCH, **request.given}
+        published.setdefault("data", find_architecture(published["arch"]).dataset)
+        config = TrainConfig.from_dict(published, "command line")
+    device = choose_device(config.device, config.gpu)
+    dataset = load_config_dataset(config, need_train=False)
+    model = create_model(config.arch, config.preset, config.bit, len(dataset.classes))
+    load_weights(model, path)
+    model.to(device)
+    result = evaluate(
+        model, make_batches(config, dataset.test, device), amp=config.amp, log=log.info, print_freq=config.print_freq
+    )
+    log.info(" * Prec %.3f%%", result.top1)
+    log.info("%d of %d images correct (%s, test)", result.correct, result.total, dataset.name)
+    show_params(model)
+    return result
+
+
+def next_higher_checkpoint(config: TrainConfig) -> Path:
+    """The best checkpoint of the next higher bit-width in the output folder (the published ``--use_pretrain``).
+
+    Raises:
+        ValueError: there is none.
+    """
+    output = Path(config.output)
+    higher = (*range(config.bit + 1, 9), 32)
+    tried = [output / f"{config.arch}_{bits}bit" / BEST for bits in higher]
+    for path in tried:
+        if path.is_file():
+            return path
+    raise ValueError(f"--use_pretrain: {tried[0]} is not there, nor that of any higher bit-width; name one with --init")
+
+
+def _checkpoint_path(request: Request) -> Path:
+    if "init" in request.given:
+        return Path(request.given["init"])
+    config = request.config()
+    if not request.options.test_only:
+        raise ValueError("no checkpoint to evaluate: name one with --init PATH, or use --test_only")
+    tried = [Path(folder) / config.run_name / BEST for folder in dict.fromkeys([config.output, "test_dir"])]
+    for path in tried:
+        if path.is_file():
+            return path
+    raise ValueError(f"--test_only: {tried[0]} is not there; name a checkpoint with --init")

@@ -1,0 +1,61 @@
+"""FAT's frequency transform: a learned soft mask on the spectrum of each output channel.
+
+Shape suffixes: ``_OK`` (C_out, K) with K = C_in · k_h · k_w, ``_OF`` (C_out, K // 2 + 1) the half spectrum, ``_OO``
+(C_out, C_out).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def frequency_transform(weight: Tensor, transform_OO: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask the spectrum of a weight.
+
+    Equation: W = weight as (C_out, K); F = DFT of each row; S = sigmoid(T |F|); W' = Re(IDFT(F ⊙ S)).
+    W is real, so |F| and S are symmetric and the half spectrum gives the same W' at half the work.
+
+    Args:
+        weight: shape (C_out, …), any unit.
+        transform_OO: T, shape (C_out, C_out), the unit of 1 / weight.
+
+    Returns:
+        W' in the shape of ``weight``, and the mask S on the half spectrum, shape (C_out, K // 2 + 1), range (0, 1).
+
+    Gradient: of the equation; that of |F| is 0 where F is 0.
+
+    Paper: FAT, the frequency-aware transformation.
+    """
+    w_OK = weight.reshape(weight.shape[0], -1)
+    spectrum_OF = torch.fft.rfft(w_OK.to(torch.promote_types(weight.dtype, torch.float32)))
+    mask_OF = torch.sigmoid(transform_OO.to(spectrum_OF.real.dtype) @ spectrum_OF.abs())
+    restored_OK = torch.fft.irfft(spectrum_OF * mask_OF, n=w_OK.shape[1])
+    return restored_OK.reshape(weight.shape).to(weight.dtype), mask_OF
+
+
+def weight_deactivate_freq(
+    weight: Tensor, transform: nn.Linear | Tensor, fc: bool = False
+) -> tuple[Tensor, tuple[float, float]]:
+    """The published form of ``frequency_transform``.
+
+    Args:
+        weight: (C_out, C_in, k_h, k_w), or (C_out, C_in) with ``fc``.
+        transform: the bias-free linear layer C_out → C_out that holds T, or T itself.
+        fc: whether the weight is a linear layer's.
+
+    Returns:
+        The restored weight and (largest, smallest) value of the mask, as floats.
+
+    Raises:
+        ValueError: a weight whose rank does not fit ``fc``, or a transform that is not (C_out, C_out).
+    """
+    if weight.dim() != (2 if fc else 4):
+        raise ValueError(f"weight of shape {tuple(weight.shape)}: {'2-d with' if fc else '4-d without'} fc is expected")
+    matrix = transform if isinstance(transform, Tensor) else getattr(transform, "weight", None)
+    channels = weight.shape[0]
+    if not isinstance(matrix, Tensor) or matrix.shape != (channels, channels):
+        shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(transform).__name__
+        raise ValueError(f"transform {shape}: expected a ({channels}, {channels}) tensor or bias-free linear layer")
+    restored, mask = frequency_transform(weight, matrix)
+    return restored, (mask.max().item(), mask.min().item())

@@ -1,0 +1,350 @@
+"""Quantized layers: they own the state (weight, thresholds, FAT matrix) and leave the mathematics to the functions.
+
+>>> import torch
+>>> layer = QuantConv2d(4, 6, 3, padding=1, spec=preset("fat-cifar", bits=3))
+>>> layer(torch.rand(2, 4, 8, 8)).shape, layer.transform.shape
+(torch.Size([2, 6, 8, 8]), torch.Size([6, 6]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apot_fat.quant.fake_quant import ALPHA_FLOOR, eight_bit_weight, positive, quantize_activation, quantize_weight
+from apot_fat.quant.frequency import frequency_transform
+from apot_fat.quant.spec import FLOAT_BITS, QuantSpec, check_bits, preset
+
+
+def normalize_weight(w: Tensor, spec: QuantSpec) -> Tensor:
+    """The weight in the unit its threshold is given in.
+
+    Equation: ŵ = (w − mean(w)) / std(w) over the whole tensor, std unbiased (``standardize``); w − mean(w)
+    (``center``); w (``none``). A constant weight has std 0 and gives ŵ = 0.
+
+    Args:
+        w: weight, any shape.
+        spec: ``weight_norm`` and ``weight_norm_gradient``.
+
+    Gradient: of the equation, with mean and std as constants unless ``weight_norm_gradient``.
+
+    Paper: APoT, "Weight Normalization".
+    """
+    if spec.weight_norm == "none":
+        return w
+    source = w if spec.weight_norm_gradient else w.detach()
+    centered = w - source.mean()
+    if spec.weight_norm == "center":
+        return centered
+    if w.numel() < 2:
+        return centered
+    std = source.std()
+    return centered / torch.where(std == 0, 1, std)
+
+
+class _QuantLayer(nn.Module):
+    """What ``QuantConv2d`` and ``QuantLinear`` share: thresholds, transform and the two quantized operands."""
+
+    weight: Tensor
+    weight_alpha: nn.Parameter | None
+    act_alpha: nn.Parameter | None
+    transform: nn.Parameter | None
+
+    def _init_quantizers(self, spec: QuantSpec) -> None:
+        for name in ("weight_alpha", "act_alpha", "transform"):
+            self.register_parameter(name, None)
+        self.spec = spec
+
+    @property
+    def spec(self) -> QuantSpec:
+        """What this layer does; assigning another keeps the thresholds that both have and creates the missing ones."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: QuantSpec) -> None:
+        channels = self.weight.shape[0]
+        quantizes_weight = spec.weight_bits != FLOAT_BITS
+        self._keep_parameter("weight_alpha", quantizes_weight, (), spec.weight_alpha)
+        self._keep_parameter("act_alpha", spec.act_bits != FLOAT_BITS, (), spec.act_alpha)
+        self._keep_parameter("transform", quantizes_weight and spec.transform, (channels, channels), 1 / channels)
+        self._spec = spec
+
+    def _keep_parameter(self, name: str, wanted: bool, shape: tuple[int, ...], value: float) -> None:
+        if not wanted:
+            self.register_parameter(name, None)
+        elif getattr(self, name) is None:
+            like = torch.promote_types(self.weight.dtype, torch.float32)
+            self.register_parameter(name, nn.Parameter(torch.full(shape, value, dtype=like, device=self.weight.device)))
+
+    @property
+    def bit(self) -> int:
+        """Bits of the weight (the published attribute)."""
+        return self.spec.weight_bits
+
+    def transformed_weight(self) -> Tensor:
+        """The weight just before projection: normalised, and with FAT transformed. Shape of ``weight``."""
+        w = normalize_weight(self.weight, self.spec)
+        return w if self.transform is None else frequency_transform(w, self.transform)[0]
+
+    def quantized_weight(self) -> Tensor:
+        """The weight the layer computes with: α times a level; at 32 bits the weight itself. Shape of ``weight``."""
+        if self.weight_alpha is None:
+            return self.weight
+        return quantize_weight(
+            self.transformed_weight(),
+            self.weight_alpha,
+            self.spec.weight_set,
+            clip_gradient=self.spec.clips_weight_gradient,
+            grad_scale=self.spec.grad_scale or 1.0,
+        )
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """The input the layer computes with: α times a level; at 32 bits the input itself. Shape of ``x``."""
+        if self.act_alpha is None:
+            return x
+        return quantize_activation(
+            x,
+            self.act_alpha,
+            self.spec.act_set,
+            clip=self.spec.act_clip,
+            alpha_gradient=self.spec.act_alpha_gradient,
+            grad_scale=self.spec.grad_scale or 1.0,
+        )
+
+    def mask_range(self) -> tuple[float, float] | None:
+        """Largest and smallest value of FAT's mask, range (0, 1); None without a transform."""
+        if self.transform is None:
+            return None
+        with torch.no_grad():
+            mask = frequency_transform(normalize_weight(self.weight, self.spec), self.transform)[1]
+            return mask.max().item(), mask.min().item()
+
+    def show_params(self) -> None:
+        """Print the published line with the clipping thresholds, rounded to 3 digits; nothing at 32 bits."""
+        if self.weight_alpha is not None or self.act_alpha is not None:
+            print(threshold_line(_threshold(self.weight_alpha), _threshold(self.act_alpha)))
+
+    def _describe(self) -> str:
+        spec = self.spec
+        if spec.weight_bits == spec.act_bits == FLOAT_BITS:
+            return "float"
+        fat = ", fat" if spec.transform else ""
+        return f"weight={spec.weight_levels}/{spec.weight_bits}, input={spec.act_levels}/{spec.act_bits}{fat}"
+
+
+class QuantConv2d(_QuantLayer, nn.Conv2d):
+    """Convolution of a quantized input with a quantized weight.
+
+    Equation: y = conv(x_q, w_q) + bias, see ``quantize_activation`` and ``quantize_weight``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in ``nn.Conv2d``, but
+            without a bias by default.
+        bit: 2 to 8, or 32 for a plain convolution.
+        power: powers-of-two levels, else uniform ones.
+        additive: additive powers of two, else plain ones.
+        grad_scale: factor on the threshold gradients.
+        spec: the whole variant; replaces bit, power, additive and grad_scale, which together mean ``apot-imagenet``,
+            ``apot-imagenet-pot`` or ``apot-imagenet-uniform``.
+
+    Shapes: x (N, C_in, H, W) → (N, C_out, H', W'); ``weight_alpha``, ``act_alpha`` 0-d; ``transform`` (C_out, C_out)
+    with FAT, else None. At 32 bits the three are None.
+
+    Raises:
+        ValueError: bits other than 2 to 8 and 32, or a grad_scale that is not positive.
+
+    Gradient: published, by variant.
+
+    Paper: APoT; FAT with ``spec.transform``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | str | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        bit: int = 5,
+        power: bool = True,
+        additive: bool = True,
+        grad_scale: float | None = None,
+        *,
+        spec: QuantSpec | None = None,
+        **conv_options: Any,
+    ) -> None:
+        spec = spec or _published_spec(bit, power, additive, grad_scale)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **conv_options
+        )
+        self._init_quantizers(spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = conv(x_q, w_q) + bias."""
+        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        """The convolution's description and the quantizers'."""
+        return f"{super().extra_repr()}, {self._describe()}"
+
+
+class QuantLinear(_QuantLayer, nn.Linear):
+    """Linear layer of a quantized input with a quantized weight.
+
+    Equation: y = x_q w_qᵀ + bias. Arguments after ``bias``, errors, gradient and papers: ``QuantConv2d``.
+
+    Shapes: x (…, C_in) → (…, C_out).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        bit: int = 5,
+        power: bool = True,
+        additive: bool = True,
+        grad_scale: float | None = None,
+        *,
+        spec: QuantSpec | None = None,
+        **linear_options: Any,
+    ) -> None:
+        spec = spec or _published_spec(bit, power, additive, grad_scale)
+        super().__init__(in_features, out_features, bias, **linear_options)
+        self._init_quantizers(spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x_q w_qᵀ + bias."""
+        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        """The linear layer's description and the quantizers'."""
+        return f"{super().extra_repr()}, {self._describe()}"
+
+
+class EightBitConv2d(nn.Conv2d):
+    """The published first convolution: 8-bit weight, float input (``eight_bit_weight``); arguments of ``nn.Conv2d``."""
+
+    def quantized_weight(self) -> Tensor:
+        """The weight the layer computes with."""
+        return eight_bit_weight(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = conv(x, w_q) + bias."""
+        return self._conv_forward(x, self.quantized_weight(), self.bias)
+
+
+class EightBitLinear(nn.Linear):
+    """The published last layer: 8-bit weight, float input (``eight_bit_weight``); arguments of ``nn.Linear``."""
+
+    def quantized_weight(self) -> Tensor:
+        """The weight the layer computes with."""
+        return eight_bit_weight(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x w_qᵀ + bias."""
+        return F.linear(x, self.quantized_weight(), self.bias)
+
+
+@dataclass(frozen=True)
+class LayerClipping:
+    """One row of ``clipping_table``: a layer's thresholds as used, its bits and, with FAT, its mask's range."""
+
+    name: str
+    weight_bits: int
+    act_bits: int
+    weight_alpha: float | None
+    act_alpha: float | None
+    mask_max: float | None = None
+    mask_min: float | None = None
+
+
+def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
+    """Name and module of every ``QuantConv2d`` and ``QuantLinear``, in the order of definition."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantConv2d | QuantLinear):
+            yield name, module
+
+
+def clipping_table(model: nn.Module) -> list[LayerClipping]:
+    """The clipping thresholds of every quantized layer, in the order of definition.
+
+    Returns:
+        One ``LayerClipping`` a layer; thresholds in their own units, None where a side is float.
+    """
+    rows = []
+    for name, layer in quant_layers(model):
+        mask = layer.mask_range() or (None, None)
+        alphas = _threshold(layer.weight_alpha), _threshold(layer.act_alpha)
+        rows.append(LayerClipping(name, layer.spec.weight_bits, layer.spec.act_bits, *alphas, *mask))
+    return rows
+
+
+def threshold_line(weight_alpha: float | None, act_alpha: float | None) -> str:
+    """The published line of a layer's thresholds, rounded to 3 digits; a float side is ``none``.
+
+    >>> threshold_line(1.5694, 1.4378)
+    'clipping threshold weight alpha: 1.569000, activation alpha: 1.438000'
+    """
+    weight, act = ("none" if alpha is None else f"{round(alpha, 3):2f}" for alpha in (weight_alpha, act_alpha))
+    return f"clipping threshold weight alpha: {weight}, activation alpha: {act}"
+
+
+def show_params(model: nn.Module) -> None:
+    """Print the published threshold line of every quantized layer."""
+    for _, layer in quant_layers(model):
+        layer.show_params()
+
+
+def set_bits(model: nn.Module, bits: int) -> nn.Module:
+    """Set weight and activation bits of every quantized layer in place, keeping weights and thresholds.
+
+    Args:
+        model: any network that holds ``QuantConv2d`` or ``QuantLinear``.
+        bits: 2 to 8, or 32. Make the optimiser afterwards: from 32 bits the thresholds are new parameters.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: other bits, or a model without quantized layers.
+    """
+    check_bits(bits)
+    layers = [layer for _, layer in quant_layers(model)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no QuantConv2d or QuantLinear: build it from them first")
+    for layer in layers:
+        layer.spec = replace(layer.spec, weight_bits=bits, act_bits=bits)
+    return model
+
+
+@torch.no_grad()
+def keep_thresholds_positive(model: nn.Module) -> int:
+    """Set every threshold at or below zero to ``ALPHA_FLOOR`` in place; return how many there were.
+
+    The layers read such a threshold as the floor anyway; this brings the parameter back, so that training can raise it.
+    """
+    raised = 0
+    for _, layer in quant_layers(model):
+        for alpha in (layer.weight_alpha, layer.act_alpha):
+            if alpha is not None and alpha <= 0:
+                alpha.fill_(ALPHA_FLOOR)
+                raised += 1
+    return raised
+
+
+def _threshold(alpha: Tensor | None) -> float | None:
+    return None if alpha is None else positive(alpha.detach()).item()
+
+
+def _published_spec(bit: int, power: bool, additive: bool, grad_scale: float | None) -> QuantSpec:
+    variant = "" if power and additive else "-pot" if power else "-uniform"
+    return preset(f"apot-imagenet{variant}", bits=bit, grad_scale=grad_scale)

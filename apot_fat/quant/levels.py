@@ -1,0 +1,198 @@
+"""Level sets: the values a quantized number may take, as integers over one denominator.
+
+Shape suffixes: ``_L`` one entry a level, ``_T`` one entry a decision threshold, ``_C`` one entry a look-up cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import pairwise, product
+from math import gcd
+
+import torch
+
+MAX_BITS = 8
+_MAX_TABLE_DENOMINATOR = 1 << 12  # PoT above 3 bits has larger ones; its table would be mostly one value
+
+
+@dataclass(frozen=True)
+class LevelSet:
+    """A set of quantization levels on [0, 1]: ``numerators / denominator``.
+
+    Equation: L = {n / d : n in numerators}, n integer, 0 = n_0 < n_1 < … < n_max = d.
+    From it follow the levels, the decision thresholds t_i = (n_i + n_{i+1}) / 2d and, since every threshold is an
+    integer over 2d, an exact look-up: floor(u · 2d) names a cell on which the nearest level is constant.
+
+    Args:
+        numerators: rising integers, the first 0, the last ``denominator``; dimensionless.
+        denominator: positive integer d.
+
+    Raises:
+        ValueError: numerators that do not rise strictly from 0 to the denominator.
+
+    Paper: APoT, "Additive Powers-of-Two Quantization" (the set Q^a(1, b)); written as integers here so that packing,
+    integer inference and the shift-and-add cost of a level are exact.
+
+    >>> LevelSet((0, 1, 2, 3, 4, 6, 8, 10), 10).bits
+    3
+    """
+
+    numerators: tuple[int, ...]
+    denominator: int
+
+    def __post_init__(self) -> None:
+        n = self.numerators
+        if len(n) < 2 or n[0] != 0 or n[-1] != self.denominator or any(a >= b for a, b in pairwise(n)):
+            raise ValueError(
+                f"numerators {n} over {self.denominator}: they must rise strictly from 0 to the denominator"
+            )
+
+    def __len__(self) -> int:
+        return len(self.numerators)
+
+    @property
+    def bits(self) -> int:
+        """Bits a code of this set takes: ceil(log2(number of levels))."""
+        return (len(self) - 1).bit_length()
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the levels are equally spaced, so that rounding projects onto them."""
+        return len(self) == self.denominator + 1
+
+    @property
+    def has_table(self) -> bool:
+        """Whether the denominator is small enough for the exact look-up table."""
+        return self.denominator <= _MAX_TABLE_DENOMINATOR
+
+    @cached_property
+    def levels(self) -> tuple[float, ...]:
+        """The levels as Python floats (correctly rounded quotients), rising, shape (L,)."""
+        return tuple(n / self.denominator for n in self.numerators)
+
+    @cached_property
+    def thresholds(self) -> tuple[float, ...]:
+        """Decision thresholds, the midpoints of neighbouring levels, shape (L − 1,), range (0, 1)."""
+        return tuple((a + b) / (2 * self.denominator) for a, b in pairwise(self.numerators))
+
+    @cached_property
+    def cell_codes(self) -> tuple[int, ...]:
+        """Code (index of the nearest level) of each cell [c / 2d, (c + 1) / 2d), c = 0 … 2d; a tie goes up."""
+        cuts = [a + b for a, b in pairwise(self.numerators)]  # thresholds in units of 1 / 2d
+        codes, code = [], 0
+        for cell in range(2 * self.denominator + 1):
+            while code < len(cuts) and cell >= cuts[code]:
+                code += 1
+            codes.append(code)
+        return tuple(codes)
+
+    def tensor(self, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> torch.Tensor:
+        """The levels as a tensor ``levels_L``."""
+        return torch.tensor(self.levels, dtype=dtype, device=device)
+
+
+def uniform_levels(bits: int) -> LevelSet:
+    """Uniform levels k / (2^B − 1), k = 0 … 2^B − 1.
+
+    Args:
+        bits: B, 1 to 8.
+
+    Raises:
+        ValueError: bits outside 1 to 8.
+
+    >>> uniform_levels(2).numerators
+    (0, 1, 2, 3)
+    """
+    _check_bits(bits)
+    return LevelSet(tuple(range(2**bits)), 2**bits - 1)
+
+
+def pot_levels(bits: int) -> LevelSet:
+    """Powers-of-two levels {0} ∪ {2^−i : i = 0 … 2^B − 2}.
+
+    Args:
+        bits: B, 1 to 8. Above 7 bits the smallest levels lie under float32's range and become 0 there.
+
+    Raises:
+        ValueError: bits outside 1 to 8.
+
+    Paper: APoT, "Preliminaries" (the set Q^p(1, b)).
+
+    >>> pot_levels(2).levels
+    (0.0, 0.25, 0.5, 1.0)
+    """
+    _check_bits(bits)
+    top = 2**bits - 2
+    return LevelSet((0, *(1 << i for i in range(top + 1))), 1 << top)
+
+
+def apot_levels(bits: int) -> LevelSet:
+    """Additive powers-of-two levels: every sum of one member of each base set, over the largest sum.
+
+    With n = B // 2 base sets of two bits, the i-th (i = 0 … n − 1) is {0, 2^−i, 2^−(i+n), 2^−(i+2n)} for even B. For
+    odd B a one-bit set {0, 2^−2n} is added and the last member becomes 2^−(i+2n+1), so that all exponents differ and
+    all 2^B sums are distinct. B = 1 is {0, 1}.
+
+    Args:
+        bits: B, 1 to 8.
+
+    Raises:
+        ValueError: bits outside 1 to 8.
+
+    Paper: APoT, "Additive Powers-of-Two Quantization" (n terms of k = 2 bits; 2n + 1 bits add one term). The published
+    code has these sets at 2 to 6 bits (equal to these) and gives NaN at 1, 7 and 8.
+
+    >>> apot_levels(3)
+    LevelSet(numerators=(0, 1, 2, 3, 4, 6, 8, 10), denominator=10)
+    """
+    _check_bits(bits)
+    n, odd = divmod(bits, 2)
+    last = 2 * n + odd  # offset of the smallest member of a two-bit set
+    top = max(n - 1 + last, 2 * n)  # largest exponent: the common denominator before reduction is 2^top
+    base_sets = [(0, *(1 << (top - i - offset) for offset in (0, n, last))) for i in range(n)]
+    if odd:
+        base_sets.append((0, 1 << (top - 2 * n)))
+    sums = sorted({sum(members) for members in product(*base_sets)})
+    divisor = gcd(*sums)
+    return LevelSet(tuple(s // divisor for s in sums), sums[-1] // divisor)
+
+
+LEVEL_FAMILIES: dict[str, Callable[[int], LevelSet]] = {
+    "uniform": uniform_levels,
+    "pot": pot_levels,
+    "apot": apot_levels,
+}
+
+
+@cache
+def level_set(family: str, bits: int) -> LevelSet:
+    """The level set of a family (``uniform``, ``pot`` or ``apot``) at B = ``bits`` magnitude bits.
+
+    Raises:
+        ValueError: an unknown family, or bits outside 1 to 8.
+    """
+    if family not in LEVEL_FAMILIES:
+        raise ValueError(f"unknown level family {family!r}: choose one of {', '.join(LEVEL_FAMILIES)}")
+    return LEVEL_FAMILIES[family](bits)
+
+
+def build_power_value(B: int = 2, additive: bool = True) -> torch.Tensor:
+    """The published level builder: APoT (``additive``) or PoT levels on [0, 1] as a float32 tensor of shape (2^B,).
+
+    Args:
+        B: bits, 1 to 8.
+        additive: True for additive powers of two, False for plain ones.
+
+    Raises:
+        ValueError: B outside 1 to 8.
+
+    Departs from the published code in that the levels come sorted, and exist at 1, 7 and 8 bits.
+    """
+    return level_set("apot" if additive else "pot", B).tensor()
+
+
+def _check_bits(bits: int) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"{bits!r} bits: a level set takes an integer from 1 to {MAX_BITS}")

@@ -1,0 +1,48 @@
+"""Run folders as an aligned table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from apot_fat.training.run import LAST, RunSummary, summarize
+
+
+def find_runs(output: Path) -> list[RunSummary]:
+    """Summaries of all run folders in an output folder: by architecture as spelled, then from many bits to few."""
+    summaries = [summarize(path.parent) for path in sorted(output.glob(f"*/{LAST}"))]
+    return sorted(summaries, key=lambda run: (run.arch.count("_"), run.arch, -run.bits))
+
+
+def runs_table(runs: Sequence[RunSummary]) -> str:
+    """Network, method, bits, last and best top-1 (%), range of the clipping thresholds, epochs and seconds."""
+    head = ("network", "method", "bits", "last %", "best %", "thresholds", "epochs", "seconds")
+    rows = [
+        (
+            run.arch,
+            run.method,
+            str(run.bits),
+            f"{run.last:.2f}",
+            f"{run.best:.2f}",
+            f"{min(run.thresholds):.3f} … {max(run.thresholds):.3f}" if run.thresholds else "–",
+            str(run.epochs),
+            f"{run.seconds:.1f}",
+        )
+        for run in runs
+    ]
+    return aligned(head, rows, left=("network", "method", "thresholds"))
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
+    """Rows under a head, columns padded; those named in ``left`` to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            cell.ljust(width) if name in left else cell.rjust(width)
+            for name, cell, width in zip(head, cells, widths, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    rule = "  ".join("─" * width for width in widths)
+    return "\n".join([line(head), rule, *(line(row) for row in rows)])

@@ -1,0 +1,195 @@
+"""What a training run is told: one frozen value, from TOML and the command line."""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any, Union
+
+from apot_fat.data.normalization import normalization
+from apot_fat.models import default_preset, find_architecture
+from apot_fat.quant.spec import PRESETS, check_bits, nearest
+
+SCHEDULES = ("step", "cosine", "onecycle")
+AMP_TYPES = ("off", "bf16", "fp16")
+
+
+def _option(
+    default: Any,
+    help: str,
+    *flags: str,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    expected: str | None = None,
+) -> Any:
+    limits = {"low": low, "above": above, "high": high, "choices": choices, "expected": expected}
+    return field(default=default, metadata={"help": help, "flags": flags, **limits})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run (one bit-width). Every field is a TOML key and a command line option of the same name.
+
+    The defaults are APoT's for CIFAR-10. ``help`` of each field says its meaning and unit.
+
+    Raises:
+        ValueError: a value of the wrong type or out of range, naming the field and what is allowed.
+    """
+
+    arch: str = _option("resnet20", "network, in any published spelling", "-a")
+    preset: str | None = _option(None, "quantization variant; by default the one the spelling of --arch stands for")
+    bit: int = _option(
+        4, "bits of weights and activations: 2 to 8, or 32", expected="choose an integer from 2 to 8, or 32"
+    )
+    data: str = _option("digits", "digits, cifar10, cifar100, a folder of images, or an .npz file", "--data_dir")
+    test_data: str | None = _option(None, "test images: a folder of class folders or an .npz file")
+    data_root: str = _option("data", "where CIFAR is kept or downloaded to")
+    image_size: int | None = _option(None, "bring images to this height and width, pixels", low=4, high=1024)
+    val_split: float = _option(0.0, "fraction of training images held out to choose the epoch on", low=0, high=0.9)
+    mean: tuple[float, ...] | None = _option(None, "channel means, units of 255; by default the published ones")
+    std: tuple[float, ...] | None = _option(None, "channel standard deviations, units of 255", above=0)
+    crop_padding: int = _option(4, "random crop after zero padding, pixels a side", low=0, high=64)
+    flip: bool = _option(True, "mirror half of the training images")
+
+    batch_size: int = _option(128, "images a step", "-b", low=1)
+    epochs: int = _option(300, "passes over the training images", low=1)
+    lr: float = _option(0.1, "learning rate a step, for --batch-size images", "--learning_rate", above=0)
+    momentum: float = _option(0.9, "of SGD", low=0, high=0.9999)
+    weight_decay: float = _option(1e-4, "of weights, per step and unit of lr", "--wd", low=0)
+    schedule: str = _option("step", "learning rate over time", choices=SCHEDULES)
+    lr_steps: tuple[int, ...] = _option((150, 225), "epochs at which `step` multiplies lr", "--lr_decay_step", low=0)
+    lr_gamma: float = _option(0.1, "what `step` multiplies lr by", above=0, high=1)
+    warmup_epochs: float = _option(0.0, "linear warm-up of lr, epochs", low=0)
+    threshold_groups: bool = _option(True, "learning rate and decay of their own for the clipping thresholds")
+    act_alpha_lr: float = _option(0.1, "learning rate of activation thresholds", above=0)
+    weight_alpha_lr: float = _option(0.02, "learning rate of weight thresholds and FAT's matrices", above=0)
+    alpha_weight_decay: float = _option(1e-4, "weight decay of the threshold groups", low=0)
+    label_smoothing: float = _option(0.0, "of the cross entropy", low=0, high=0.999)
+
+    init: str | None = _option(None, "checkpoint to start from, of any bit-width", "--pretrained")
+    seed: int = _option(0, "of weights, order and augmentation", low=0, high=2**31)
+    device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:N")
+    gpu: str | None = _option(None, "CUDA device numbers, as published: 0 or 0,1", "-id")
+    amp: str = _option("off", "mixed precision", choices=AMP_TYPES)
+    channels_last: bool = _option(True, "memory format of images and weights")
+    output: str = _option("result", "folder that holds the run folders", "--job_dir")
+    test_batch_size: int = _option(100, "images a step of evaluation", low=1)
+    print_freq: int = _option(100, "steps between log lines", "-p", low=1)
+    histogram_every: int = _option(10, "epochs between weight histograms in TensorBoard, 0 for none", low=0)
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            object.__setattr__(self, option.name, _checked(option, getattr(self, option.name)))
+        find_architecture(self.arch)
+        check_bits(self.bit, "bit")
+        if self.preset is None:
+            object.__setattr__(self, "preset", default_preset(self.arch))
+        elif self.preset not in PRESETS:
+            hint = nearest(self.preset, PRESETS)
+            raise ValueError(f"preset {self.preset!r}{hint}: choose one of {', '.join(PRESETS)}")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != 3:
+                raise ValueError(f"{name} {list(value)}: expected three numbers, one a channel")
+
+    @property
+    def preset_name(self) -> str:
+        """The variant, never None."""
+        assert self.preset is not None
+        return self.preset
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run folder: architecture as spelled, and bits."""
+        return f"{self.arch}_{self.bit}bit"
+
+    @property
+    def method(self) -> str:
+        """Short name for tables: ``fp32`` at 32 bits, else the preset."""
+        return "fp32" if self.bit == 32 else self.preset_name
+
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Channel means and standard deviations in use, units of 255."""
+        mean, std = normalization(self.data, find_architecture(self.arch).dataset, self.preset_name)
+        return self.mean or mean, self.std or std
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by field name; what is None is left out."""
+        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return {name: value for name, value in plain.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> TrainConfig:
+        """The config of plain values.
+
+        Raises:
+            ValueError: an unknown key, with the nearest known one, or a bad value.
+        """
+        known = {option.name for option in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ValueError(f"{where}: unknown key {key!r}{nearest(key, known)}")
+        return cls(**values)
+
+
+def field_type(option: Field[Any]) -> tuple[type, bool, bool]:
+    """(element type, whether a tuple of them, whether None is allowed) of a config field."""
+    hint = typing.get_type_hints(TrainConfig)[option.name]
+    optional = False
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        optional = True
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True, optional
+    return hint, False, optional
+
+
+def _checked(option: Field[Any], value: Any) -> Any:
+    assert option.default is not MISSING
+    element, many, optional = field_type(option)
+    if value is None and optional:
+        return None
+    name = option.name
+    items = list(value) if many and isinstance(value, list | tuple) else [value]
+    if many and not isinstance(value, list | tuple):
+        raise ValueError(f"{name} {value!r}: expected a list of {_TYPE_NAMES[element]}s")
+    items = [_checked_item(option, name, element, item) for item in items]
+    return tuple(items) if many else items[0]
+
+
+_TYPE_NAMES = {int: "integer", float: "number", str: "string", bool: "true-or-false value"}
+
+
+def _checked_item(option: Field[Any], name: str, element: type, value: Any) -> Any:
+    limits = option.metadata
+    if element is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    wanted = _requirement(element, limits)
+    if not isinstance(value, element) or (isinstance(value, bool) and element is not bool):
+        raise ValueError(f"{name} {value!r}: {wanted}")
+    if limits["choices"] is not None and value not in limits["choices"]:
+        raise ValueError(f"{name} {value!r}: {wanted}")
+    if isinstance(value, int | float):
+        low, above, high = limits["low"], limits["above"], limits["high"]
+        inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+        if not inside or value != value or value in (float("inf"), float("-inf")):
+            raise ValueError(f"{name} {value!r}: {wanted}")
+    return value
+
+
+def _requirement(element: type, limits: Any) -> str:
+    if limits["expected"] is not None:
+        return str(limits["expected"])
+    if limits["choices"] is not None:
+        return f"choose one of {', '.join(limits['choices'])}"
+    parts = [f"expected {'an' if element is int else 'a'} {_TYPE_NAMES[element]}"]
+    if limits["low"] is not None:
+        parts.append(f"at least {limits['low']}")
+    if limits["above"] is not None:
+        parts.append(f"above {limits['above']}")
+    if limits["high"] is not None:
+        parts.append(f"at most {limits['high']}")
+    return " ".join([parts[0], " and ".join(parts[1:])]).strip()

@@ -1,0 +1,43 @@
+"""Which device a run uses."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import torch
+
+log = logging.getLogger("apot_fat")
+
+
+def choose_device(device: str = "auto", gpu: str | None = None) -> torch.device:
+    """The device to run on.
+
+    Args:
+        device: ``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+        gpu: the published ``-id``, such as ``0`` or ``0,1``: the first is used. On a machine without CUDA it is
+            ignored, with a warning, so that published command lines run there.
+
+    Raises:
+        ValueError: a malformed value, or a CUDA device that is not there.
+    """
+    if gpu is not None:
+        if not re.fullmatch(r"\d+(,\d+)*", gpu):
+            raise ValueError(f"gpu {gpu!r}: expected device numbers, such as 0 or 0,1")
+        if not torch.cuda.is_available():
+            log.warning("no CUDA device on this machine: -id %s is ignored, running on the CPU", gpu)
+            return torch.device("cpu")
+        first, *others = gpu.split(",")
+        if others:
+            log.warning("-id %s: one process uses one GPU, %s is used", gpu, first)
+        device = f"cuda:{first}"
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device {device!r}: choose auto, cpu, cuda or cuda:N")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices; choose cpu or auto"
+        )
+    return chosen

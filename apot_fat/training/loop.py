@@ -1,0 +1,162 @@
+"""One epoch of training, and evaluation. Logging, saving and the schedule of epochs belong to the caller."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from apot_fat.data.images import ImageBatches
+
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one pass over a set of images gave.
+
+    Args:
+        loss: mean cross entropy, nats.
+        correct: images whose largest logit is their class.
+        total: images.
+        seconds: wall time.
+    """
+
+    loss: float
+    correct: int
+    total: int
+    seconds: float
+
+    @property
+    def top1(self) -> float:
+        """Accuracy, %."""
+        return 100 * self.correct / self.total
+
+
+class Meter:
+    """The published log line: value of the last step and mean so far of time, loss and precision."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss_sum = torch.zeros((), device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.total = self.steps = 0
+        self.start = self.before = time.perf_counter()
+        self.data_seconds = self.last_data_seconds = 0.0
+
+    def data_ready(self) -> None:
+        """Note that the batch is there."""
+        self.last_data_seconds = time.perf_counter() - self.before
+        self.data_seconds += self.last_data_seconds
+
+    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a step; nothing is read back from the device."""
+        self.last_count = len(labels)
+        self.last_loss = loss.detach()
+        self.last_correct = (logits.detach().argmax(1) == labels).sum()
+        self.loss_sum += self.last_loss.float() * self.last_count
+        self.correct += self.last_correct
+        self.total += self.last_count
+        self.steps += 1
+        now = time.perf_counter()
+        self.last_seconds, self.before = now - self.before, now
+
+    def line(self, head: str, *, with_data: bool) -> str:
+        """The published line."""
+        parts = [head, f"Time {self.last_seconds:.3f} ({(self.before - self.start) / self.steps:.3f})"]
+        if with_data:
+            parts.append(f"Data {self.last_data_seconds:.3f} ({self.data_seconds / self.steps:.3f})")
+        precision = 100 * self.last_correct.item() / self.last_count
+        parts.append(f"Loss {self.last_loss.item():.4f} ({self.loss_sum.item() / self.total:.4f})")
+        parts.append(f"Prec {precision:.3f}% ({100 * self.correct.item() / self.total:.3f}%)")
+        return "\t".join(parts)
+
+    def result(self) -> Result:
+        """The whole pass."""
+        loss = self.loss_sum.item() / self.total
+        return Result(loss, int(self.correct.item()), self.total, time.perf_counter() - self.start)
+
+
+def train_epoch(
+    model: nn.Module,
+    batches: ImageBatches,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
+    *,
+    amp: str = "off",
+    label_smoothing: float = 0.0,
+    log: Callable[[str], None] | None = None,
+    print_freq: int = 100,
+    epoch: int = 0,
+) -> Result:
+    """One pass of SGD over the batches, a schedule step after each.
+
+    Args:
+        amp: ``off``, ``bf16`` or ``fp16`` (with an enabled ``scaler``).
+        label_smoothing: of the cross entropy, [0, 1).
+        log: takes the published line every ``print_freq`` steps.
+        epoch: its number, for the log.
+    """
+    model.train()
+    device = next(model.parameters()).device
+    meter = Meter(device)
+    for step, (x, labels) in enumerate(_bar(batches, f"epoch {epoch}")):
+        meter.data_ready()
+        with _autocast(device, amp):
+            logits = model(x)
+            loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        meter.update(loss, logits, labels)
+        if log and step % print_freq == 0:
+            log(meter.line(f"Epoch: [{epoch}][{step}/{len(batches)}]", with_data=True))
+    return meter.result()
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: ImageBatches,
+    *,
+    amp: str = "off",
+    log: Callable[[str], None] | None = None,
+    print_freq: int = 100,
+) -> Result:
+    """Loss and accuracy of a model in evaluation mode; the model's mode is restored.
+
+    Args:
+        amp: ``off``, ``bf16`` or ``fp16``.
+        log: takes the published line every ``print_freq`` steps.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    meter = Meter(device)
+    for step, (x, labels) in enumerate(_bar(batches, "test")):
+        with _autocast(device, amp):
+            logits = model(x)
+            loss = F.cross_entropy(logits, labels)
+        meter.update(loss, logits, labels)
+        if log and step % print_freq == 0:
+            log(meter.line(f"Test: [{step}/{len(batches)}]", with_data=False))
+    model.train(was_training)
+    return meter.result()
+
+
+def _autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
+    dtype = AMP_DTYPES[amp]
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def _bar(batches: ImageBatches, label: str) -> tqdm:
+    # disable=None: no bar where the output is not a terminal
+    return tqdm(batches, desc=label, unit="step", leave=False, disable=None)

@@ -1,0 +1,79 @@
+"""The optimiser's parameter groups and the learning rate over time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from apot_fat.quant.layers import quant_layers
+from apot_fat.training.config import TrainConfig
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
+    """Groups for SGD, as published.
+
+    With ``threshold_groups``: activation thresholds at ``act_alpha_lr``; weight thresholds and FAT's matrices at
+    ``weight_alpha_lr``; both with ``alpha_weight_decay``. The rest, or everything without, at ``lr`` and
+    ``weight_decay``.
+
+    Returns:
+        Groups with ``name``, ``params``, ``lr`` and ``weight_decay``; empty ones are left out.
+    """
+    act_alphas: list[nn.Parameter] = []
+    weight_alphas: list[nn.Parameter] = []
+    if config.threshold_groups:
+        for _, layer in quant_layers(model):
+            act_alphas += [p for p in (layer.act_alpha,) if p is not None]
+            weight_alphas += [p for p in (layer.weight_alpha, layer.transform) if p is not None]
+    apart = {id(p) for p in (*act_alphas, *weight_alphas)}
+    rest = [p for p in model.parameters() if id(p) not in apart]
+    groups: list[dict[str, object]] = [
+        {"name": "weights", "params": rest, "lr": config.lr, "weight_decay": config.weight_decay},
+        {"name": "act_alpha", "params": act_alphas, "lr": config.act_alpha_lr},
+        {"name": "weight_alpha", "params": weight_alphas, "lr": config.weight_alpha_lr},
+    ]
+    for group in groups[1:]:
+        group["weight_decay"] = config.alpha_weight_decay
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
+    """SGD over ``parameter_groups``."""
+    return torch.optim.SGD(parameter_groups(model, config), momentum=config.momentum)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A schedule to step after every optimiser step; all groups follow the same curve."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config, step / steps_per_epoch))
+
+
+def lr_factor(config: TrainConfig, epoch: float) -> float:
+    """What the initial learning rates are multiplied by.
+
+    Equation, t in epochs of T: ``step`` γ^(number of lr_steps ≤ t); ``cosine`` (1 + cos(π t / T)) / 2; ``onecycle``
+    from 1/25 up to 1 at 0.3 T and down to 1e-4, both as half cosines. A warm-up multiplies by t / warmup_epochs first.
+
+    Args:
+        config: schedule and its fields.
+        epoch: t ≥ 0, fractions count steps.
+    """
+    progress = min(epoch / config.epochs, 1.0)
+    if config.schedule == "step":
+        factor = config.lr_gamma ** sum(epoch >= step for step in config.lr_steps)
+    elif config.schedule == "cosine":
+        factor = _half_cosine(1.0, 0.0, progress)
+    elif progress < 0.3:
+        factor = _half_cosine(1 / 25, 1.0, progress / 0.3)
+    else:
+        factor = _half_cosine(1.0, 1e-4, (progress - 0.3) / 0.7)
+    if epoch < config.warmup_epochs:
+        factor *= epoch / config.warmup_epochs
+    return factor
+
+
+def _half_cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

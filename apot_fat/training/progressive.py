@@ -1,0 +1,48 @@
+"""Progressive bit-width training: each bit-width starts from the best of the one before."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from apot_fat.training.recipe import Recipe
+from apot_fat.training.run import BEST, RunSummary, is_finished, load_config_dataset, summarize, train
+
+log = logging.getLogger("apot_fat")
+
+
+def train_chain(recipe: Recipe, chain: tuple[int, ...], overrides: dict[str, Any] | None = None) -> list[RunSummary]:
+    """Train a recipe's chain of bit-widths.
+
+    A stage whose run folder holds all of its epochs is skipped; an unfinished one goes on where it stopped.
+
+    Args:
+        recipe: the recipe.
+        chain: bit-widths in order, such as (32, 4, 3, 2).
+        overrides: config values over the recipe's; ``init`` is where the first stage starts.
+
+    Returns:
+        One summary a stage.
+
+    Raises:
+        ValueError: anything that does not fit; every stage's config is checked before the first begins.
+    """
+    configs = []
+    init = (overrides or {}).get("init")
+    for bits in chain:
+        values = {**(overrides or {}), **({"init": init} if init else {})}
+        config = recipe.config(bits, values)
+        configs.append(config)
+        init = str(Path(config.output) / config.run_name / BEST)
+    done = [is_finished(config) for config in configs]
+    dataset = None if all(done) else load_config_dataset(configs[0])
+    summaries = []
+    for config, finished in zip(configs, done, strict=True):
+        folder = Path(config.output) / config.run_name
+        if finished:
+            log.info("%s: finished before, skipped", folder)
+            summaries.append(summarize(folder))
+        else:
+            summaries.append(train(config, resume="auto", dataset=dataset))
+    return summaries

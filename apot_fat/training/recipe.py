@@ -1,0 +1,97 @@
+"""Recipes: a TOML file holds the training of one network with one method at every bit-width of its chain."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from apot_fat.models import find_architecture
+from apot_fat.quant.spec import check_bits, nearest
+from apot_fat.training.config import TrainConfig
+
+CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file.
+
+    Args:
+        path: where it was read from.
+        chain: bit-widths of progressive training, each started from the best of the one before.
+        base: values for every bit-width.
+        by_bits: values for one bit-width, over the base (``[bits.2]`` in TOML).
+    """
+
+    path: Path
+    chain: tuple[int, ...]
+    base: dict[str, Any]
+    by_bits: dict[int, dict[str, Any]]
+
+    def config(self, bit: int, overrides: dict[str, Any] | None = None) -> TrainConfig:
+        """The run at a bit-width; ``overrides`` come last.
+
+        Raises:
+            ValueError: an unknown key or bad value, naming the file.
+        """
+        values = {**self.base, **self.by_bits.get(bit, {}), "bit": bit, **(overrides or {})}
+        return TrainConfig.from_dict(values, str(self.path))
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        ValueError: no such file, no TOML, an unknown key (with the nearest known one) or a bad value.
+    """
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"config {path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path}: not readable as text") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"config {path}: not TOML ({error})") from error
+    known = {option.name for option in fields(TrainConfig)} - {"bit"}
+    sections = content.pop("bits", {})
+    chain = content.pop("chain", [content.get("bit", 4)])
+    single = content.pop("bit", None)
+    if not isinstance(chain, list) or not chain:
+        raise ValueError(f"config {path}: chain {chain!r}: expected a list of bit-widths, such as [32, 4, 3, 2]")
+    for bits in chain:
+        check_bits(bits, f"config {path}: chain")
+    if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
+        raise ValueError(f"config {path}: bits: expected tables such as [bits.4]")
+    by_bits: dict[int, dict[str, Any]] = {}
+    for key, section in sections.items():
+        if not key.isdigit():
+            raise ValueError(f"config {path}: [bits.{key}]: expected a bit-width, such as [bits.4]")
+        check_bits(int(key), f"config {path}: [bits.{key}]")
+        by_bits[int(key)] = section
+    for section in (content, *by_bits.values()):
+        for key in section:
+            if key not in known:
+                raise ValueError(f"config {path}: unknown key {key!r}{nearest(key, [*known, 'bits', 'chain', 'bit'])}")
+    recipe = Recipe(path, tuple([single] if single is not None else chain), content, by_bits)
+    for bits in {*recipe.chain, *by_bits}:
+        try:
+            recipe.config(bits)
+        except ValueError as error:
+            raise ValueError(f"config {path}: {error}") from error
+    return recipe
+
+
+def find_recipe(data: str, arch: str, preset: str) -> Recipe | None:
+    """The recipe under ``configs/`` for a data set, network and method, or None.
+
+    Data other than ``digits`` takes the recipe of the network's own papers.
+    """
+    architecture = find_architecture(arch)
+    folder = "digits" if data == "digits" else architecture.dataset
+    method = preset.replace("-cifar", "").replace("-imagenet", "")
+    path = CONFIG_ROOT / folder / f"{architecture.name.replace('_', '')}_{method}.toml"
+    return read_recipe(path) if path.is_file() else None

@@ -1,0 +1,39 @@
+"""Progressive training: python scripts/progressive.py --config configs/digits/resnet20_apot.toml [--bits 32,4,3,2]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from apot_fat.command_line import make_parser, parse, run_main
+from apot_fat.quant.spec import check_bits
+from apot_fat.report import draw_runs, find_runs, runs_table
+from apot_fat.training import train_chain
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train the chain, then print the table of all runs in the output folder and draw them."""
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("--bits", metavar="B,B,…", help="chain of bit-widths (default: the recipe's)")
+    request = parse(parser, argv)
+    if request.recipe is None:
+        raise ValueError("no recipe for this network, data set and method under configs/: name one with --config")
+    chain = _parse_chain(request.options.bits) if request.options.bits else request.recipe.chain
+    given = {name: value for name, value in request.given.items() if name != "bit"}
+    summaries = train_chain(request.recipe, chain, given)
+    output = summaries[0].folder.parent
+    runs = find_runs(output)
+    print(runs_table(runs))
+    print(f"figure: {draw_runs(runs, Path(output) / 'progressive.png')}")
+
+
+def _parse_chain(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"bits {text!r}: expected bit-widths, such as 32,4,3,2")
+    for part in parts:
+        check_bits(int(part))
+    return tuple(int(part) for part in parts)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,36 @@
+"""Train one network at one bit-width: python scripts/train.py --arch res20 --bit 4 --init CHECKPOINT."""
+
+from __future__ import annotations
+
+from apot_fat.command_line import make_parser, parse, run_main
+from apot_fat.evaluation import add_evaluation_options, evaluate_request, next_higher_checkpoint
+from apot_fat.training import train
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, or with ``-e`` or ``--test_only`` evaluate."""
+    parser = make_parser(__doc__ or "")
+    add_evaluation_options(parser)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="auto|PATH",
+        help="go on where a run stopped (`auto`: its folder's last checkpoint)",
+    )
+    parser.add_argument(
+        "--use_pretrain", "--use-pretrain", action="store_true", help="start from the next higher bit-width in --output"
+    )
+    request = parse(parser, argv)
+    if request.options.evaluate or request.options.test_only:
+        evaluate_request(request)
+        return
+    if request.options.use_pretrain and "init" not in request.given:
+        request.given["init"] = str(next_higher_checkpoint(request.config()))
+    summary = train(request.config(), resume=request.options.resume)
+    best = f"best {summary.best:.3f}% (epoch {summary.best_epoch}, on {summary.best_on})"
+    print(f"last {summary.last:.3f}%, {best}: {summary.folder}")
+
+
+if __name__ == "__main__":
+    run_main(main)
