@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import os
+import itertools
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -154,6 +154,6 @@ def nearest(name: str, known: Any) -> str:
 
     def likeness(candidate: str) -> tuple[float, int]:
         ratio = difflib.SequenceMatcher(a=name, b=candidate).ratio()
-        return ratio, len(os.path.commonprefix([name, candidate]))
+        return ratio, sum(itertools.takewhile(bool, map(str.__eq__, name, candidate)))
 
     return f" (did you mean {max(close, key=likeness)!r}?)"
