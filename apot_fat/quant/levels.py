@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise, product
 from math import gcd
 
@@ -166,7 +166,7 @@ LEVEL_FAMILIES: dict[str, Callable[[int], LevelSet]] = {
 }
 
 
-@cache
+@lru_cache(maxsize=None, typed=True)  # typed: True is not 1
 def level_set(family: str, bits: int) -> LevelSet:
     """The level set of a family (``uniform``, ``pot`` or ``apot``) at B = ``bits`` magnitude bits.
 

@@ -94,7 +94,11 @@ def _draw_bits(axes: Any, runs: Sequence[RunSummary]) -> None:
 
 
 def _draw_thresholds(axes: Any, runs: Sequence[RunSummary]) -> None:
-    for run in (run for run in runs if run.bits != 32):
+    quantized = [run for run in runs if run.bits != 32]
+    if not quantized:
+        axes.set_axis_off()
+        return
+    for run in quantized:
         layers = _history(run)[-1]["layers"].values()
         values = [layer["act_alpha"] for layer in layers]
         axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=_label(run), **_style(run))

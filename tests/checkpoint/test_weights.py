@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from apot_fat import load_weights
+from apot_fat.checkpoint import best_accuracy, checkpoint_thresholds, read_checkpoint, state_dict_of
+from apot_fat.data import ImageBatches, ImageSet
+from apot_fat.data.normalization import CIFAR_APOT
+from apot_fat.models import create_model
+from apot_fat.quant.layers import clipping_table
+from apot_fat.training import evaluate
+
+
+def published(state: dict[str, torch.Tensor], *, fat: bool) -> dict[str, torch.Tensor]:
+    """A state dict of ours under the names the published code gives its parameters."""
+    renamed = {}
+    for name, tensor in state.items():
+        name = name.replace(".weight_alpha", ".weight_quant.wgt_alpha")
+        name = name.replace(".transform", ".weight_quant.transform.weight")
+        renamed[f"module.{name.replace('fc.', 'linear.') if fat else name}"] = tensor
+    if fat:
+        renamed["module.conv1.transform.weight"] = torch.ones(16, 16)
+    return renamed
+
+
+@pytest.mark.parametrize("arch", ["res20", "resnet_20"])
+@pytest.mark.parametrize("wrap", [None, "state_dict", "model"])
+def test_published_names_load(arch: str, wrap: str | None) -> None:
+    source, target = create_model(arch, bits=3), create_model(arch, bits=3)
+    state = published(source.state_dict(), fat="_" in arch)
+    load_weights(target, state if wrap is None else {wrap: state, "epoch": 3, "best_acc1": 91.5})
+    for name, tensor in source.state_dict().items():
+        torch.testing.assert_close(target.state_dict()[name], tensor, atol=0, rtol=0)
+
+
+def test_misfits_name_what_is_wrong_and_change_nothing() -> None:
+    model = create_model("res20", bits=3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = create_model("res20", bits=3).state_dict()
+    with pytest.raises(ValueError, match=r"missing fc\.bias"):
+        load_weights(model, {name: t for name, t in state.items() if name != "fc.bias"})
+    with pytest.raises(ValueError, match="left over extra"):
+        load_weights(model, {**state, "extra": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"of another shape fc\.bias \(100,\) for \(10,\)"):
+        load_weights(model, {**state, "fc.bias": torch.ones(100)})
+    with pytest.raises(ValueError, match="the weights are full-precision, the network quantized"):
+        load_weights(model, create_model("res20", bits=32).state_dict())
+    with pytest.raises(ValueError, match="does not fit this CifarResNet"):
+        load_weights(model, create_model("res32", bits=3).state_dict())
+    with pytest.raises(ValueError, match="holds no state dict"):
+        load_weights(model, {"epoch": 3})
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], atol=0, rtol=0)
+
+
+def test_another_bit_width_keeps_initial_thresholds() -> None:
+    full = create_model("res20", bits=32)
+    quantized = load_weights(create_model("resnet_20", bits=4), full.state_dict(), other_bits=True)
+    conv = "layer1.0.conv1"
+    torch.testing.assert_close(
+        quantized.get_parameter(f"{conv}.weight"), full.get_parameter(f"{conv}.weight"), atol=0, rtol=0
+    )
+    alpha = quantized.get_parameter(f"{conv}.act_alpha")
+    assert alpha.item() == 5.0
+    alpha.data.fill_(2.5)
+    lower = load_weights(create_model("resnet_20", bits=3), quantized.state_dict(), other_bits=True)
+    assert lower.get_parameter(f"{conv}.act_alpha").item() == 2.5
+    load_weights(create_model("res20", bits=32), quantized.state_dict(), other_bits=True)
+    vgg = create_model("vgg_7_bn", bits=32)  # its convolutions have biases, the quantized ones have none
+    load_weights(create_model("vgg_7_bn", bits=5), vgg.state_dict(), other_bits=True)
+    with pytest.raises(ValueError, match="left over"):
+        load_weights(create_model("vgg_7_bn", bits=5), vgg.state_dict())
+
+
+def test_best_accuracy_and_thresholds_without_a_network() -> None:
+    assert best_accuracy({"best_top1_acc": torch.tensor(91.25)}) == 91.25
+    assert best_accuracy({}) is None
+    model = create_model("res20", bits=3)
+    found = checkpoint_thresholds({"state_dict": published(model.state_dict(), fat=False)})
+    assert list(found.items()) == [(row.name, (row.weight_alpha, row.act_alpha)) for row in clipping_table(model)]
+
+
+@pytest.mark.parametrize(("bits", "correct"), [(32, 959), (4, 941), (3, 946)])
+def test_released_checkpoints(reference: Path, bits: int, correct: int) -> None:
+    expected = json.loads((reference / "reference/released/expected.json").read_text())[f"res20_{bits}bit"]
+    assert expected["correct"] == correct
+    path = reference / f"reference/released/res20_{bits}bit/model_best.pth.tar"
+    model = load_weights(create_model("res20", bits=bits), path)
+    pixels = np.load(reference / "data/cifar10_lossless_test.npz")
+    images = torch.from_numpy(pixels["images"]).permute(0, 2, 3, 1).contiguous()
+    batches = ImageBatches(
+        ImageSet(images, torch.from_numpy(pixels["labels"].astype(np.int64))), 100, torch.device("cpu"), *CIFAR_APOT
+    )
+    result = evaluate(model, batches)
+    assert result.total == 1017
+    assert abs(result.correct - correct) <= 1
+    thresholds = [[round(row.weight_alpha or 0, 3), round(row.act_alpha or 0, 3)] for row in clipping_table(model)]
+    assert thresholds == expected["alphas_weight_activation"]
+    assert state_dict_of(read_checkpoint(path))

@@ -1,0 +1,40 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the suite runs on as many processes as cores
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder of exact fixtures and released checkpoints; tests that need it are skipped without it."""
+    folder = os.environ.get("APOT_FAT_REFERENCE")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("APOT_FAT_REFERENCE does not name the folder of reference data")
+    return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_npz(tmp_path: Path) -> tuple[Path, Path]:
+    """Training and test images, 8 × 8, three classes told apart by their brightness."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for name, count in (("train", 48), ("test", 21)):
+        labels = np.arange(count) % 3
+        images = (rng.integers(0, 60, (count, 3, 8, 8)) + 90 * labels[:, None, None, None]).astype(np.uint8)
+        path = tmp_path / f"{name}.npz"
+        np.savez(path, images=images, labels=labels.astype(np.uint8))
+        paths.append(path)
+    return paths[0], paths[1]

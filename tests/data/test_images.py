@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as vision
+
+from apot_fat.data import Augmentation, Dataset, ImageBatches, ImageSet
+from apot_fat.data.images import crop_and_flip
+
+CPU = torch.device("cpu")
+
+
+def image_set(count: int = 10, size: int = 6) -> ImageSet:
+    return ImageSet(torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8), torch.arange(count) % 3)
+
+
+def test_evaluation_batches_are_in_order_and_normalised() -> None:
+    images = image_set()
+    batches = ImageBatches(images, 4, CPU, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    assert len(batches) == 3
+    x = torch.cat([x for x, _ in batches])
+    expected = vision.normalize(images.images_NHWC.permute(0, 3, 1, 2).float() / 255, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
+    torch.testing.assert_close(x, expected)
+    assert torch.cat([labels for _, labels in batches]).tolist() == images.labels_N.tolist()
+    assert next(iter(batches))[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_crop_and_flip_equals_padding_cropping_and_mirroring_each_image() -> None:
+    images = image_set(20).images_NHWC
+    offsets = torch.randint(0, 5, (20, 2))
+    flips = torch.rand(20) < 0.5
+    ours = crop_and_flip(images, 2, offsets, flips)
+    for image, (top, left), flip, cropped in zip(images, offsets.tolist(), flips, ours, strict=True):
+        expected = vision.crop(vision.pad(image.permute(2, 0, 1), [2]), top, left, 6, 6)
+        expected = vision.horizontal_flip(expected) if flip else expected
+        assert torch.equal(cropped.permute(2, 0, 1), expected)
+
+
+def test_augmentation_is_uniform_over_offsets_and_mirrors_half() -> None:
+    # one bright pixel in the middle: where it lands tells offset and mirror image apart
+    images = torch.zeros(6000, 7, 7, 3, dtype=torch.uint8)
+    images[:, 3, 3] = 255
+    images[:, 3, 4] = 128
+    batches = ImageBatches(
+        ImageSet(images, torch.zeros(6000, dtype=torch.int64)),
+        6000,
+        CPU,
+        (0,) * 3,
+        (1,) * 3,
+        augmentation=Augmentation(padding=1),
+        shuffle=True,
+    )
+    x = next(iter(batches))[0][:, 0]
+    position = (x == 1).flatten(1).float().argmax(1)
+    counts = torch.bincount(position, minlength=49).reshape(7, 7)[2:5, 2:5]
+    assert counts.sum() == 6000
+    assert ((counts - 6000 / 9).abs() < 5 * (6000 * 8 / 81) ** 0.5).all()
+    mirrored = (x.flatten(1).gather(1, (position - 1)[:, None]) > 0.1).float().mean()
+    assert abs(mirrored - 0.5) < 5 * 0.5 / 6000**0.5
+
+
+def test_an_epoch_depends_on_seed_and_epoch_alone() -> None:
+    images = image_set(50)
+
+    def epoch(seed: int, number: int) -> torch.Tensor:
+        batches = ImageBatches(
+            images, 8, CPU, (0,) * 3, (1,) * 3, augmentation=Augmentation(2), shuffle=True, seed=seed
+        )
+        batches.set_epoch(number)
+        return torch.cat([x for x, _ in batches])
+
+    first = epoch(1, 5)
+    torch.rand(3)
+    assert torch.equal(first, epoch(1, 5))
+    assert not torch.equal(first, epoch(1, 6))
+    assert not torch.equal(first, epoch(2, 5))
+
+
+def test_val_split_parts_are_disjoint_and_complete() -> None:
+    train = ImageSet(torch.zeros(30, 4, 4, 3, dtype=torch.uint8), torch.arange(30))
+    dataset = Dataset("x", ("a",), train, image_set()).with_val_split(0.2, seed=3)
+    assert dataset.train is not None
+    assert dataset.val is not None
+    assert len(dataset.val) == 6
+    assert sorted([*dataset.train.labels_N.tolist(), *dataset.val.labels_N.tolist()]) == list(range(30))
+    with pytest.raises(ValueError, match="leaves one part empty"):
+        Dataset("x", ("a",), train, train).with_val_split(0.001, seed=0)
+
+
+def test_wrong_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected uint8"):
+        ImageSet(torch.zeros(2, 4, 4, 3), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="expected int64"):
+        ImageSet(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="no images"):
+        ImageSet(torch.zeros(0, 4, 4, 3, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from apot_fat.data import load_dataset
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    for part, count in (("train", 4), ("val", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / "set" / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 256, (12, 12, 3), dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(tmp_path / "set" / part / name / f"{i}.png")
+    return tmp_path / "set"
+
+
+def test_digits_are_embedded_and_split_by_class() -> None:
+    dataset = load_dataset("digits")
+    assert dataset.train is not None
+    assert (len(dataset.train), len(dataset.test), dataset.train.size) == (1437, 360, (8, 8))
+    assert (torch.bincount(dataset.test.labels_N) - 36).abs().max() <= 1
+    assert dataset.train.images_NHWC.max() == 255
+    pixels = dataset.train.images_NHWC.float() / 255
+    assert abs(pixels.mean() - 0.305) < 0.001
+    assert abs(pixels.std() - 0.376) < 0.001
+
+
+def test_folder_of_class_folders(image_folder: Path) -> None:
+    dataset = load_dataset(str(image_folder))
+    assert dataset.train is not None
+    assert dataset.classes == ("cat", "dog")
+    assert (len(dataset.train), len(dataset.test), dataset.train.size) == (8, 4, (12, 12))
+    assert dataset.train.labels_N.tolist() == [0] * 4 + [1] * 4
+    resized = load_dataset(str(image_folder), image_size=8)
+    assert resized.test.size == (8, 8)
+
+
+def test_folder_mistakes(image_folder: Path) -> None:
+    odd = image_folder / "train/dog/3.png"
+    Image.new("RGB", (9, 12)).save(odd)
+    with pytest.raises(ValueError, match="give --image-size"):
+        load_dataset(str(image_folder))
+    assert load_dataset(str(image_folder), image_size=8).test.size == (8, 8)
+    odd.write_text("no image")
+    with pytest.raises(ValueError, match=r"3\.png: not a readable image"):
+        load_dataset(str(image_folder))
+    odd.unlink()
+    (image_folder / "val/bird").mkdir()
+    with pytest.raises(ValueError, match="class folder 'bird' is not among the training classes"):
+        load_dataset(str(image_folder))
+    with pytest.raises(ValueError, match="holds no class folders"):
+        load_dataset(str(image_folder / "train/cat"), test_source=str(image_folder / "val"))
+
+
+def test_jpeg_pixels_are_the_decoded_ones(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        Image.new("L", (70, 70), 77).save(tmp_path / part / "a/0.jpg")
+    dataset = load_dataset(str(tmp_path))  # 70 × 70: the threaded path
+    assert (dataset.test.images_NHWC.float() - 77).abs().max() <= 1
+
+
+def test_npz(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
+    train, test = (str(path) for path in tiny_npz)
+    dataset = load_dataset(train, test_source=test)
+    assert dataset.train is not None
+    assert (len(dataset.train), len(dataset.test)) == (48, 21)
+    assert load_dataset(test, need_train=False).train is None
+    with pytest.raises(ValueError, match="name the test images with --test-data"):
+        load_dataset(train)
+    broken = tmp_path / "broken.npz"
+    broken.write_bytes(b"PK nonsense")
+    with pytest.raises(ValueError, match=r"not an \.npz file"):
+        load_dataset(str(broken), need_train=False)
+    np.savez(tmp_path / "float.npz", images=np.zeros((2, 3, 8, 8)), labels=np.zeros(2, int))
+    with pytest.raises(ValueError, match="expected uint8"):
+        load_dataset(str(tmp_path / "float.npz"), need_train=False)
+    np.savez(tmp_path / "few.npz", images=np.zeros((2, 3, 8, 8), np.uint8), labels=np.zeros(3, int))
+    with pytest.raises(ValueError, match="expected 2 integers"):
+        load_dataset(str(tmp_path / "few.npz"), need_train=False)
+
+
+def test_cifar_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = rng.integers(0, 256, (6, 10, 3072), dtype=np.uint8)
+    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        content: dict[str, Any] = {"data": pixels[i], "labels": list(range(10))}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}))
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(folder, folder.name)
+    monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    dataset = load_dataset("cifar10", root=tmp_path)
+    assert dataset.train is not None
+    assert (len(dataset.train), len(dataset.test), dataset.classes[1]) == (50, 10, "class1")
+    expected = torch.from_numpy(pixels[5, 3].reshape(3, 32, 32)).permute(1, 2, 0)
+    assert torch.equal(dataset.test.images_NHWC[3], expected)
+
+
+def test_cifar_offline_says_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
+    root = tmp_path / "data"
+    with pytest.raises(ValueError, match=r"put cifar-100-python\.tar\.gz from https.* into .*data/"):
+        load_dataset("cifar100", root=root)
+    assert not root.exists()
+
+
+def test_unknown_sources() -> None:
+    with pytest.raises(ValueError, match="did you mean 'digits'"):
+        load_dataset("digit")
+    with pytest.raises(ValueError, match="choose 4 to 1024"):
+        load_dataset("digits", image_size=2)

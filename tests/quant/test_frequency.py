@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from apot_fat import weight_deactivate_freq
+from apot_fat.quant import frequency_transform
+
+
+def full_spectrum(w: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    spectrum = torch.fft.fft(w.reshape(len(w), -1))
+    mask = torch.sigmoid(matrix @ spectrum.abs())
+    return torch.fft.ifft(spectrum * mask).real.reshape(w.shape), mask
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (5, 3, 1, 1), (4, 1, 3, 3), (7, 10), (3, 1)])
+def test_half_spectrum_equals_the_full_one_with_gradients(shape: tuple[int, ...]) -> None:
+    w = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    matrix = torch.randn(shape[0], shape[0], dtype=torch.float64, requires_grad=True)
+    ours, mask = frequency_transform(w, matrix)
+    expected, full_mask = full_spectrum(w, matrix)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(mask.max(), full_mask.max())
+    torch.testing.assert_close(mask.min(), full_mask.min())
+    g = torch.randn(shape, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad(ours, (w, matrix), g), torch.autograd.grad(expected, (w, matrix), g), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_published_form_takes_a_linear_layer_or_its_matrix() -> None:
+    layer = nn.Linear(6, 6, bias=False)
+    w = torch.randn(6, 4, 3, 3)
+    restored, (largest, smallest) = weight_deactivate_freq(w, layer)
+    expected, mask = full_spectrum(w, layer.weight.detach())
+    torch.testing.assert_close(restored, expected)
+    assert (largest, smallest) == pytest.approx((mask.max().item(), mask.min().item()))
+    again, _ = weight_deactivate_freq(w.reshape(6, 36), layer.weight, fc=True)
+    torch.testing.assert_close(again.reshape(w.shape), restored)
+
+
+def test_a_zero_weight_has_a_finite_gradient() -> None:
+    w = torch.zeros(4, 2, 3, 3, requires_grad=True)
+    frequency_transform(w, torch.ones(4, 4))[0].sum().backward()
+    assert w.grad is not None
+    assert w.grad.isfinite().all()
+
+
+def test_misfits_are_refused() -> None:
+    with pytest.raises(ValueError, match="4-d without fc"):
+        weight_deactivate_freq(torch.randn(6, 4), torch.ones(6, 6))
+    with pytest.raises(ValueError, match=r"expected a \(6, 6\)"):
+        weight_deactivate_freq(torch.randn(6, 4, 3, 3), nn.Linear(5, 5, bias=False))

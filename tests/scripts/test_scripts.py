@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import logging
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from apot_fat.checkpoint import write_checkpoint
+from apot_fat.command_line import run_main
+from apot_fat.models import create_model
+
+ROOT = Path(__file__).resolve().parents[2]
+Run = Callable[..., tuple[int, str, str]]
+
+
+def load_script(name: str) -> Callable[[list[str] | None], None]:
+    """The ``main`` of a script."""
+    main: Callable[[list[str] | None], None] = runpy.run_path(str(ROOT / "scripts" / name))["main"]
+    return main
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs a script in a fresh folder: (exit code, standard output, standard error)."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def call(name: str, *argv: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name])
+        logger = logging.getLogger("apot_fat")
+        before = list(logger.handlers)
+        with pytest.raises(SystemExit) as stopped:
+            run_main(load_script(name), [str(argument) for argument in argv])
+        logger.handlers = before
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def data(tiny_npz: tuple[Path, Path]) -> tuple[object, ...]:
+    return "--data", tiny_npz[0], "--test-data", tiny_npz[1]
+
+
+def test_published_chain_of_commands(run: Run, data: tuple[object, ...], tmp_path: Path) -> None:
+    quick = (*data, "--epochs", 1, "-b", 16)
+    for line in (
+        "--arch res20 --bit 32 -id 0,1 --wd 5e-4",
+        "--arch res20 --bit 4 -id 0,1 --wd 1e-4 --lr 4e-2 --init result/res20_32bit/model_best.pth.tar",
+    ):
+        code, out, err = run("train.py", *line.split(), *quick)
+        assert (code, err) == (0, "")
+    assert re.search(r"Epoch: \[0\]\[0/3\]\tTime \S+ \(\S+\)\tData .*\tLoss .*\tPrec \d+\.\d{3}% \(", out)
+    assert re.search(r"^best acc: \d+\.\d{6}$", out, re.MULTILINE)
+    code, out, err = run("train.py", *"-e --init result/res20_4bit/model_best.pth.tar -e -id 0 --bit 4".split(), *data)
+    assert (code, err) == (0, "")
+    assert re.search(r"^Test: \[0/1\]\tTime \S+ \(\S+\)\tLoss \S+ \(\S+\)\tPrec \S+% \(\S+%\)$", out, re.MULTILINE)
+    assert re.search(r"^ \* Prec \d+\.\d{3}%$", out, re.MULTILINE)
+    assert len(re.findall(r"^clipping threshold weight alpha: \d\.\d{6}, activation", out, re.MULTILINE)) == 20
+    assert out.index("* Prec") < out.index("clipping threshold")
+    shown = run("show_params.py", "result/res20_4bit/model_best.pth.tar")[1]
+    assert shown in out
+
+
+def test_published_fat_commands(run: Run, data: tuple[object, ...]) -> None:
+    quick = (*data, "--epochs", 1)
+    assert run("train.py", *"--arch resnet_20 --bit 5 --gpu 0".split(), *quick)[0] == 0
+    code, out, _ = run("train.py", *"--arch resnet_20 --use_pretrain --batch_size 24 --bit 4 --gpu 0".split(), *quick)
+    assert code == 0
+    config = Path("result/resnet_20_4bit/config.toml").read_text()
+    assert 'init = "result/resnet_20_5bit/model_best.pth.tar"' in config
+    assert 'preset = "fat-cifar"' in config
+    assert "batch_size = 24" in config
+    code, out, _ = run("train.py", *"--arch resnet_20 --test_only --bit 4 --gpu 0".split(), *data)
+    assert code == 0
+    assert "* Prec" in out
+
+
+def test_our_checkpoints_know_their_network_and_data(run: Run, data: tuple[object, ...]) -> None:
+    assert run("train.py", "--arch", "res20", "--bit", 3, "--epochs", 1, *data)[0] == 0
+    code, out, err = run("evaluate.py", "--init", "result/res20_3bit/model_best.pth.tar")
+    assert (code, err) == (0, "")
+    assert "of 21 images correct" in out
+    code, _, err = run("evaluate.py", "--init", "result/res20_3bit/model_best.pth.tar", "-a", "resnet56")
+    assert code == 2
+    assert "holds res20, not resnet56" in err
+
+
+def test_progressive_prints_table_and_figure(run: Run, data: tuple[object, ...], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('arch = "resnet20"\nepochs = 1\nchain = [32, 4, 3]\n')
+    code, out, err = run("progressive.py", "--config", recipe, "--bits", "4,3", "--output", "out", *data)
+    assert (code, err) == (0, "")
+    assert re.search(r"^network +method +bits", out, re.MULTILINE)
+    assert Path(out.rsplit("figure: ", 1)[1].strip()).is_file()
+    assert 'init = "out/resnet20_4bit/model_best.pth.tar"' in Path("out/resnet20_3bit/config.toml").read_text()
+    code, out, _ = run("progressive.py", "--config", recipe, "--bits", "4,3", "--output", "out", *data)
+    assert out.count("finished before, skipped") == 2
+
+
+def test_digits_are_the_default_and_a_named_architecture_means_its_papers_data(run: Run) -> None:
+    code, out, _ = run("train.py", "--epochs", 1, "--batch-size", 512, "--bit", 4)
+    assert code == 0
+    assert "on digits" in out
+    code, _, err = run("train.py", "--arch", "res20", "--bit", 4, "--init", "absent.pth")
+    assert code == 2
+    assert "cifar10" in err  # not to be had in an empty folder without a network, and said before anything else
+
+
+def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
+    run: Run, tmp_path: Path, data: tuple[object, ...]
+) -> None:
+    text = tmp_path / "text.pth"
+    text.write_text("hello\n")
+    full = tmp_path / "full.pth"
+    write_checkpoint({"state_dict": create_model("res20", bits=32).state_dict()}, full)
+    unknown = tmp_path / "unknown.toml"
+    unknown.write_text("learning = 1\n")
+    cases: list[tuple[str, tuple[object, ...], str]] = [
+        ("train.py", ("--arch", "res21"), "unknown architecture 'res21' (did you mean 'resnet20'?)"),
+        ("train.py", ("--bit", 0), "bit 0: choose an integer from 2 to 8, or 32"),
+        ("train.py", ("--bit", 1.5), "bit 1.5: choose an integer from 2 to 8, or 32"),
+        ("train.py", ("--bit", 33), "bit 33: choose an integer from 2 to 8, or 32"),
+        ("train.py", ("--bit", "four"), "bit 'four': choose an integer from 2 to 8, or 32"),
+        ("train.py", ("--lr", -0.1), "lr -0.1: expected a number above 0"),
+        ("train.py", ("--data", "absent"), "no data set 'absent'"),
+        ("train.py", ("--init", "absent.pth", *data), "checkpoint absent.pth: no such file"),
+        ("train.py", ("--init", text, *data), "not a PyTorch checkpoint"),
+        ("train.py", ("--arch", "res56", "--init", full, *data), "does not fit this CifarResNet: missing layer1.3"),
+        ("train.py", ("--config", unknown), "unknown key 'learning'"),
+        ("train.py", ("--config", "absent.toml"), "no such file"),
+        ("train.py", ("--frob", 3), "unrecognized arguments: --frob 3"),
+        ("train.py", ("--device", "tpu", *data), "device 'tpu': choose auto, cpu, cuda or cuda:N"),
+        ("train.py", ("--use_pretrain", *data), "name one with --init"),
+        ("evaluate.py", (), "name one with --init"),
+        ("evaluate.py", ("--test_only", "--arch", "res20", "--bit", 4), "is not there"),
+        ("evaluate.py", ("--init", text, "--bit", 4), "not a PyTorch checkpoint"),
+        ("evaluate.py", ("--init", full), "does not record its bit-width; give --bit"),
+        ("evaluate.py", ("--init", full, "--bit", 4, *data), "check the bits"),
+        ("progressive.py", ("--bits", "4,x"), "bits '4,x': expected bit-widths"),
+        ("progressive.py", ("--bits", "4,9"), "bits 9: choose an integer"),
+        ("show_params.py", (text,), "not a PyTorch checkpoint"),
+        ("show_params.py", (full,), "holds no clipping thresholds"),
+    ]
+    for script, argv, message in cases:
+        code, out, err = run(script, *argv)
+        assert code == 2, (script, argv)
+        assert message in err
+        assert err.startswith(f"{script}: error: ")
+        assert err.count("\n") == 1
+        assert "Traceback" not in err + out
+        assert not list(Path.cwd().iterdir()), (script, argv)
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "progressive.py", "show_params.py"])
+def test_help(run: Run, script: str) -> None:
+    code, out, _ = run(script, "--help")
+    assert code == 0
+    assert "usage:" in out
+
+
+def test_released_checkpoint_from_the_command_line(run: Run, reference: Path) -> None:
+    checkpoint = reference / "reference/released/res20_3bit/model_best.pth.tar"
+    images = reference / "data/cifar10_lossless_test.npz"
+    torch.set_num_threads(1)
+    code, out, err = run("evaluate.py", "-e", "--init", checkpoint, "-e", "-id", 0, "--bit", 3, "--data", images)
+    assert (code, err) == (0, "")
+    assert "Prec 96.000% (96.000%)" in out
+    correct = re.search(r"(\d+) of 1017 images correct", out)
+    assert correct is not None
+    assert abs(int(correct[1]) - 946) <= 1
+    assert "clipping threshold weight alpha: 1.569000, activation alpha: 1.438000\n" in out

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import apot_fat
+
+ROOT = Path(__file__).resolve().parents[1]
+TOP_LEVEL = {"README.md", "LICENSE", "pyproject.toml", "Makefile"}
+TOP_LEVEL |= {"apot_fat", "models", "scripts", "configs", "tests", "checkpoints"}
+
+
+def modules() -> list[str]:
+    found = pkgutil.walk_packages(apot_fat.__path__, "apot_fat.")
+    return ["apot_fat", *(module.name for module in found)]
+
+
+def test_wheel_holds_the_package_and_its_networks_and_nothing_else(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert top == {"apot_fat", f"apot_fat-{apot_fat.__version__}.dist-info"}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "apot_fat").rglob("*.py")}
+    sources |= {f"apot_fat/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "models").glob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == sources
+    assert "apot_fat/models/__init__.py" in sources
+
+
+def test_version_is_said_once() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["version"] == apot_fat.__version__
+
+
+def test_top_level_holds_what_the_design_says() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
+    assert {name for name in top if not name.startswith(".")} == TOP_LEVEL
+
+
+def test_lower_rooms_do_not_import_higher_ones() -> None:
+    rooms = ["quant", "models", "data", "checkpoint", "training", "report"]
+    allowed = {
+        "quant": set(),
+        "models": {"quant"},
+        "data": {"quant"},
+        "checkpoint": {"quant"},
+        "training": {"quant", "models", "data", "checkpoint"},
+        "report": {"quant", "models", "checkpoint", "training"},
+    }
+    for room in rooms:
+        for path in (ROOT / "apot_fat" / room).rglob("*.py"):
+            for line in path.read_text().splitlines():
+                if line.lstrip().startswith("from apot_fat."):
+                    imported = line.split("apot_fat.")[1].split(".")[0].split()[0]
+                    assert imported in {room, *allowed[room]}, f"{path}: {line}"
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_in_docstrings(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for name in modules():
+        module = importlib.import_module(name)
+        assert module.__doc__, name
+        for public in getattr(module, "__all__", ()):
+            value = getattr(module, public)
+            if callable(value):
+                assert value.__doc__, f"{name}.{public}"

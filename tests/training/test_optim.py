@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from apot_fat.models import create_model
+from apot_fat.training import TrainConfig
+from apot_fat.training.optim import lr_factor, make_optimizer, make_schedule
+
+
+def test_published_parameter_groups() -> None:
+    model = create_model("resnet_20", bits=4)
+    optimizer = make_optimizer(model, TrainConfig(arch="resnet_20", lr=0.04, weight_decay=5e-4))
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups.values()][1:] == [
+        (0.1, 1e-4, 20),
+        (0.02, 1e-4, 40),
+    ]
+    assert (groups["weights"]["lr"], groups["weights"]["weight_decay"]) == (0.04, 5e-4)
+    assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
+    (single,) = make_optimizer(model, TrainConfig(threshold_groups=False)).param_groups
+    assert len(single["params"]) == len(list(model.parameters()))
+    assert len(make_optimizer(create_model("res20", bits=32), TrainConfig(bit=32)).param_groups) == 1
+
+
+def test_step_schedule_divides_all_groups_at_the_epochs() -> None:
+    config = TrainConfig(lr=0.04, epochs=10, lr_steps=(3, 6))
+    optimizer = make_optimizer(create_model("res20", bits=4), config)
+    schedule = make_schedule(optimizer, config, steps_per_epoch=2)
+    seen = []
+    for _ in range(20):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    for epoch, factor in ((0, 1), (2, 1), (3, 0.1), (5, 0.1), (6, 0.01), (9, 0.01)):
+        assert seen[2 * epoch] == pytest.approx([0.04 * factor, 0.1 * factor, 0.02 * factor])
+        assert seen[2 * epoch + 1] == seen[2 * epoch]
+
+
+def test_cosine_equals_pytorchs() -> None:
+    config = TrainConfig(schedule="cosine", epochs=8, lr=0.3)
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
+    for epoch in range(8):
+        assert 0.3 * lr_factor(config, epoch) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+
+
+def test_onecycle_and_warm_up() -> None:
+    config = TrainConfig(schedule="onecycle", epochs=100)
+    assert lr_factor(config, 0) == pytest.approx(1 / 25)
+    assert lr_factor(config, 30) == pytest.approx(1)
+    assert lr_factor(config, 100) == pytest.approx(1e-4)
+    warm = TrainConfig(warmup_epochs=4, epochs=100)
+    assert [lr_factor(warm, epoch) for epoch in (0, 1, 4)] == [0, 0.25, 1]

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from apot_fat.checkpoint import read_checkpoint, write_checkpoint
+from apot_fat.training import TrainConfig, read_recipe, summarize, train, train_chain
+from apot_fat.training.device import choose_device
+from apot_fat.training.run import BEST, CONFIG, LAST, METRICS
+
+
+def tiny(tiny_npz: tuple[Path, Path], output: Path, **values: Any) -> TrainConfig:
+    train_path, test_path = tiny_npz
+    settings = {"arch": "resnet20", "bit": 4, "epochs": 3, "batch_size": 16, "lr": 0.05, "crop_padding": 1}
+    settings |= {"data": str(train_path), "test_data": str(test_path), "output": str(output), "histogram_every": 2}
+    return TrainConfig(**{**settings, **values})
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("seconds", "output"))
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    board = EventAccumulator(str(folder)).Reload()
+    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize(("arch", "amp"), [("resnet20", "off"), ("vgg_7_bn", "off"), ("resnet_20", "bf16")])
+def test_a_resumed_run_ends_with_the_same_bits(
+    tiny_npz: tuple[Path, Path], tmp_path: Path, arch: str, amp: str
+) -> None:
+    options = {"arch": arch, "amp": amp, **({"image_size": 32, "epochs": 2} if "vgg" in arch else {})}
+    whole = tiny(tiny_npz, tmp_path / "whole", **options)
+    train(whole)
+    parts = tiny(tiny_npz, tmp_path / "parts", **options)
+    train(tiny(tiny_npz, tmp_path / "parts", **{**options, "epochs": 1}))
+    torch.rand(5)  # whatever happens in between
+    train(parts, resume="auto")
+    folders = [tmp_path / name / whole.run_name for name in ("whole", "parts")]
+    for name in (LAST, BEST):
+        first, second = (read_checkpoint(folder / name) for folder in folders)
+        first["config"].pop("epochs"), second["config"].pop("epochs")
+        assert same(first, second), name
+    rows = [[json.loads(line) for line in (folder / METRICS).read_text().splitlines()] for folder in folders]
+    assert same(*rows)
+    assert [row["epoch"] for row in rows[0]] == list(range(1, whole.epochs + 1))
+    assert scalars(folders[0]) == scalars(folders[1])
+
+
+def test_a_run_folder_holds_what_is_promised(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
+    config = tiny(tiny_npz, tmp_path, arch="resnet_20", preset="fat-cifar", val_split=0.25)
+    summary = train(config)
+    folder = tmp_path / "resnet_20_4bit"
+    assert summary.folder == folder
+    assert summary.best_on == "val"
+    assert {LAST, BEST, METRICS, CONFIG} < {entry.name for entry in folder.iterdir()}
+    assert TrainConfig.from_dict(tomllib.loads((folder / CONFIG).read_text())) == config
+    tags = EventAccumulator(str(folder)).Reload().Tags()
+    for tag in ("train_acc", "test_acc", "val_acc", "loss/train", "loss/test", "lr/weights", "lr/act_alpha"):
+        assert tag in tags["scalars"]
+    for tag in ("weight_alpha", "act_alpha", "mask_max", "mask_min"):
+        assert f"{tag}/layer1.0.conv1" in tags["scalars"]
+    assert "weight/layer1.0.conv1" in tags["histograms"]
+    best = read_checkpoint(folder / BEST)
+    assert {"state_dict", "epoch", "best_prec", "arch"} <= best.keys()
+    assert best["epoch"] == summary.best_epoch
+    assert best["history"][-1]["val_top1"] == max(row["val_top1"] for row in read_checkpoint(folder / LAST)["history"])
+    assert summarize(folder) == summary
+
+
+def test_training_learns(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
+    summary = train(tiny(tiny_npz, tmp_path, bit=32, epochs=6, schedule="onecycle", lr=0.1))
+    assert summary.best == 100
+
+
+def test_nothing_is_overwritten_or_mixed(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
+    config = tiny(tiny_npz, tmp_path, epochs=1)
+    train(config)
+    before = (tmp_path / config.run_name / LAST).read_bytes()
+    with pytest.raises(ValueError, match="holds a run already: go on with --resume auto"):
+        train(config)
+    with pytest.raises(ValueError, match=r"was run with lr = 0\.05, not 0\.2"):
+        train(tiny(tiny_npz, tmp_path, lr=0.2, epochs=2), resume="auto")
+    with pytest.raises(ValueError, match="schedule depends on"):
+        train(tiny(tiny_npz, tmp_path / "c", schedule="cosine", epochs=1), resume=None) and train(
+            tiny(tiny_npz, tmp_path / "c", schedule="cosine", epochs=2), resume="auto"
+        )
+    stranger = tmp_path / "stranger.pth"
+    write_checkpoint({"state_dict": {"w": torch.ones(1)}}, stranger)
+    with pytest.raises(ValueError, match="not written by a training run"):
+        train(tiny(tiny_npz, tmp_path / "d"), resume=str(stranger))
+    assert not (tmp_path / "d").exists()
+    assert (tmp_path / config.run_name / LAST).read_bytes() == before
+
+
+def test_bad_starts_create_nothing(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
+    text = tmp_path / "text.pth"
+    text.write_text("hello")
+    output = tmp_path / "out"
+    for options, message in (
+        ({"init": str(text)}, "not a PyTorch checkpoint"),
+        ({"init": str(tmp_path / "absent")}, "no such file"),
+        ({"data": str(tmp_path / "absent")}, "no data set"),
+        ({"device": "cuda:99"}, "CUDA devices"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(tiny(tiny_npz, output, **options))
+    assert not output.exists()
+
+
+def test_a_chain_starts_each_stage_from_the_best_before_and_skips_finished_ones(
+    tiny_npz: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('arch = "resnet20"\nepochs = 1\nbatch_size = 16\nchain = [32, 4]\n[bits.4]\nlr = 0.02\n')
+    given = {"data": str(tiny_npz[0]), "test_data": str(tiny_npz[1]), "output": str(tmp_path / "out")}
+    recipe = read_recipe(path)
+    full, four = train_chain(recipe, recipe.chain, given)
+    assert (full.bits, four.bits) == (32, 4)
+    assert read_checkpoint(four.folder / LAST)["config"]["init"] == str(full.folder / BEST)
+    assert read_checkpoint(four.folder / LAST)["config"]["lr"] == 0.02
+    stamps = [(run.folder / LAST).stat().st_mtime_ns for run in (full, four)]
+    (four.folder / LAST).unlink()
+    with caplog.at_level("INFO", logger="apot_fat"):
+        again = train_chain(recipe, recipe.chain, given)
+    assert "finished before, skipped" in caplog.text
+    assert (full.folder / LAST).stat().st_mtime_ns == stamps[0]
+    assert again[0] == full
+    assert again[1].last == four.last
+
+
+def test_devices(caplog: pytest.LogCaptureFixture) -> None:
+    assert choose_device("cpu").type == "cpu"
+    assert choose_device().type in ("cpu", "cuda")
+    for device, gpu, message in (("tpu", None, "choose auto"), ("auto", "a", "expected device numbers")):
+        with pytest.raises(ValueError, match=message):
+            choose_device(device, gpu)
+    if not torch.cuda.is_available():
+        assert choose_device("auto", "0,1").type == "cpu"
+        assert "is ignored, running on the CPU" in caplog.text
