@@ -103,6 +103,7 @@ def _draw_thresholds(axes: Any, runs: Sequence[RunSummary]) -> None:
         values = [layer["act_alpha"] for layer in layers]
         axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=_label(run), **_style(run))
     axes.set(title="Activation clipping thresholds after training", xlabel="quantized layer", ylabel="threshold α")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9, ncols=2)
 
