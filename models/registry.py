@@ -42,13 +42,24 @@ class LayerMaker:
             return nn.Linear(in_features, out_features)
         return QuantLinear(in_features, out_features, spec=self.spec)
 
-    def first_conv(self, in_channels: int, out_channels: int, kernel_size: int, **options: Any) -> nn.Conv2d:
-        """The first convolution: 8-bit weights, float input."""
-        return EightBitConv2d(in_channels, out_channels, kernel_size, **{"bias": False, **options})
+    def first_conv(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, eight_bit: bool = True, **options: Any
+    ) -> nn.Conv2d:
+        """The first convolution: 8-bit weights and float input, or plain."""
+        make = EightBitConv2d if eight_bit else nn.Conv2d
+        return make(in_channels, out_channels, kernel_size, **{"bias": False, **options})
 
-    def last_linear(self, in_features: int, out_features: int) -> nn.Linear:
-        """The last linear layer: 8-bit weights, float input."""
-        return EightBitLinear(in_features, out_features)
+    def last_linear(self, in_features: int, out_features: int, *, eight_bit: bool = True) -> nn.Linear:
+        """The last linear layer: 8-bit weights and float input, or plain."""
+        return (EightBitLinear if eight_bit else nn.Linear)(in_features, out_features)
+
+    def without_transform(self) -> LayerMaker:
+        """The same, but where FAT's published networks leave a layer untransformed: ``uniform-mobilenet``."""
+        if not self.spec.transform:
+            return self
+        bits = {"weight_bits": self.spec.weight_bits, "act_bits": self.spec.act_bits}
+        levels = {"weight_levels": self.spec.weight_levels, "act_levels": self.spec.act_levels}
+        return LayerMaker(quant_preset("uniform-mobilenet", **bits, **levels))
 
 
 @dataclass(frozen=True)
