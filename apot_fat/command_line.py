@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from apot_fat.models import default_preset, find_architecture
 from apot_fat.training.config import TrainConfig, field_type
+from apot_fat.training.distributed import launched
 from apot_fat.training.recipe import Recipe, find_recipe, read_recipe
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
@@ -90,11 +91,13 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
     handler = _TqdmHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("apot_fat").addHandler(handler)
-    logging.getLogger("apot_fat").setLevel(logging.INFO)
+    is_first = launched().is_first
+    logging.getLogger("apot_fat").setLevel(logging.INFO if is_first else logging.ERROR)
     try:
         main(argv)
     except ValueError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
+        if is_first:
+            print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

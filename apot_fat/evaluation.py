@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from apot_fat.checkpoint import load_weights, read_checkpoint
+from apot_fat.checkpoint import fetch_released, load_weights, read_checkpoint
 from apot_fat.command_line import Request, log
 from apot_fat.models import create_model, find_architecture
 from apot_fat.quant.layers import show_params
@@ -19,11 +19,15 @@ PUBLISHED_ARCH = "res20"  # what the published evaluation line leaves out
 
 
 def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
-    """The published ``-e/--evaluate`` and ``--test_only``."""
+    """The published ``-e/--evaluate`` and ``--test_only``, and ``--released``."""
     parser.add_argument("-e", "--evaluate", action="store_true", help="evaluate the checkpoint of --init")
     parser.add_argument(
         "--test_only", "--test-only", action="store_true", help="evaluate <output>/<arch>_<bit>bit/model_best.pth.tar"
     )
+    parser.add_argument(
+        "--released", metavar="NAME", help="evaluate a published checkpoint of checkpoints/manifest.toml"
+    )
+    parser.add_argument("--cache", metavar="DIR", help="where published checkpoints are kept")
 
 
 def evaluate_request(request: Request) -> Result:
@@ -34,7 +38,13 @@ def evaluate_request(request: Request) -> Result:
     Raises:
         ValueError: no such checkpoint, one of another network, or bits that are neither recorded nor given.
     """
-    path = _checkpoint_path(request)
+    if request.options.released:
+        entry, path = fetch_released(request.options.released, request.options.cache)
+        for name, value in (("arch", entry.arch), ("preset", entry.preset), ("bit", entry.bits)):
+            request.given.setdefault(name, value)
+        log.info("%s: published top-1 %.2f%%", entry.name, entry.top1)
+    else:
+        path = _checkpoint_path(request)
     content = read_checkpoint(path)
     recorded = content.get("config")
     if isinstance(recorded, dict):

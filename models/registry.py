@@ -57,9 +57,8 @@ class LayerMaker:
         """The same, but where FAT's published networks leave a layer untransformed: ``uniform-mobilenet``."""
         if not self.spec.transform:
             return self
-        bits = {"weight_bits": self.spec.weight_bits, "act_bits": self.spec.act_bits}
-        levels = {"weight_levels": self.spec.weight_levels, "act_levels": self.spec.act_levels}
-        return LayerMaker(quant_preset("uniform-mobilenet", **bits, **levels))
+        kept = ("weight_bits", "act_bits", "weight_levels", "act_levels")
+        return LayerMaker(quant_preset("uniform-mobilenet", **{name: getattr(self.spec, name) for name in kept}))
 
 
 @dataclass(frozen=True)

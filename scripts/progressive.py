@@ -8,6 +8,7 @@ from apot_fat.command_line import make_parser, parse, run_main
 from apot_fat.quant.spec import check_bits
 from apot_fat.report import draw_runs, find_runs, runs_table
 from apot_fat.training import train_chain
+from apot_fat.training.distributed import launched
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,6 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     chain = _parse_chain(request.options.bits) if request.options.bits else request.recipe.chain
     given = {name: value for name, value in request.given.items() if name != "bit"}
     summaries = train_chain(request.recipe, chain, given)
+    if not launched().is_first:
+        return
     output = summaries[0].folder.parent
     runs = find_runs(output)
     print(runs_table(runs))

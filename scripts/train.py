@@ -5,6 +5,7 @@ from __future__ import annotations
 from apot_fat.command_line import make_parser, parse, run_main
 from apot_fat.evaluation import add_evaluation_options, evaluate_request, next_higher_checkpoint
 from apot_fat.training import train
+from apot_fat.training.distributed import launched
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,12 +23,14 @@ def main(argv: list[str] | None = None) -> None:
         "--use_pretrain", "--use-pretrain", action="store_true", help="start from the next higher bit-width in --output"
     )
     request = parse(parser, argv)
-    if request.options.evaluate or request.options.test_only:
+    if request.options.evaluate or request.options.test_only or request.options.released:
         evaluate_request(request)
         return
     if request.options.use_pretrain and "init" not in request.given:
         request.given["init"] = str(next_higher_checkpoint(request.config()))
     summary = train(request.config(), resume=request.options.resume)
+    if not launched().is_first:
+        return
     best = f"best {summary.best:.3f}% (epoch {summary.best_epoch}, on {summary.best_on})"
     print(f"last {summary.last:.3f}%, {best}: {summary.folder}")
 

@@ -59,7 +59,7 @@ def test_lower_rooms_do_not_import_higher_ones() -> None:
         "quant": set(),
         "models": {"quant"},
         "data": {"quant"},
-        "checkpoint": {"quant"},
+        "checkpoint": {"quant", "models"},
         "training": {"quant", "models", "data", "checkpoint"},
         "report": {"quant", "models", "checkpoint", "training"},
     }

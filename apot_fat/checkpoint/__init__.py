@@ -1,14 +1,20 @@
 """Checkpoints: published formats and ours."""
 
 from apot_fat.checkpoint.files import atomic_write, read_checkpoint, write_checkpoint
+from apot_fat.checkpoint.released import TORCHVISION, Released, fetch_released, read_manifest, torchvision_weights
 from apot_fat.checkpoint.weights import best_accuracy, checkpoint_thresholds, load_weights, state_dict_of
 
 __all__ = [
+    "TORCHVISION",
+    "Released",
     "atomic_write",
     "best_accuracy",
     "checkpoint_thresholds",
+    "fetch_released",
     "load_weights",
     "read_checkpoint",
+    "read_manifest",
     "state_dict_of",
+    "torchvision_weights",
     "write_checkpoint",
 ]

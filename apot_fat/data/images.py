@@ -5,12 +5,17 @@ Shape suffixes: ``_NHWC`` images, ``_N`` one entry an image, ``_B`` one entry an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from apot_fat.data.sharding import Batch, Sharding, epoch_generator
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,30 @@ class ImageSet:
 
 
 @dataclass(frozen=True)
+class FileSet:
+    """Image files and labels, decoded as they are needed.
+
+    Args:
+        paths_N: encoded paths, a NumPy array of bytes: every worker process gets a copy, and ImageNet has 1.3 million.
+        labels_N: int64, range [0, number of classes).
+    """
+
+    paths_N: np.ndarray
+    labels_N: Tensor
+
+    def __len__(self) -> int:
+        return len(self.paths_N)
+
+    def path(self, index: int) -> Path:
+        """The file of an image."""
+        return Path(os.fsdecode(bytes(self.paths_N[index])))
+
+    def subset(self, indices: Tensor) -> FileSet:
+        """The files at the given indices."""
+        return FileSet(self.paths_N[indices.numpy()], self.labels_N[indices])
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Training and test images of one task.
 
@@ -60,13 +89,15 @@ class Dataset:
         train: None where only a test set was named.
         test: the images results are reported on.
         val: training images held out to choose the epoch on, or None.
+
+    Each set is in memory (``ImageSet``) or on disk (``FileSet``).
     """
 
     name: str
     classes: tuple[str, ...]
-    train: ImageSet | None
-    test: ImageSet
-    val: ImageSet | None = None
+    train: ImageSet | FileSet | None
+    test: ImageSet | FileSet
+    val: ImageSet | FileSet | None = None
 
     def with_val_split(self, fraction: float, seed: int) -> Dataset:
         """Hold out a random fraction of the training images.
@@ -83,7 +114,7 @@ class Dataset:
             raise ValueError(f"val_split {fraction} of {len(self.train)} training images leaves one part empty")
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
         train, val = self.train.subset(order[held_out:]), self.train.subset(order[:held_out])
-        return Dataset(self.name, self.classes, train, self.test, val)
+        return replace(self, train=train, val=val)
 
 
 @dataclass(frozen=True)
@@ -106,15 +137,14 @@ class ImageBatches:
 
     Args:
         images: the set; moved to ``device`` whole.
-        batch_size: images a batch; the last may be smaller.
+        batch_size: images an optimiser step over all processes; for evaluation images a batch.
         device: where batches are made.
         mean, std: per channel, in units of 255.
         augmentation: None for evaluation.
-        shuffle: a new order every epoch.
+        training: a new order every epoch, divided by ``sharding``; else in order, each image once over all processes.
         seed: with the epoch's number it determines order and augmentation, whatever happened before.
         channels_last: memory format of the batches.
-
-    Iterating gives (x (B, 3, H, W) float32, labels (B,)) for the epoch last set with ``set_epoch``.
+        sharding: this process's part.
     """
 
     def __init__(
@@ -126,9 +156,10 @@ class ImageBatches:
         std: tuple[float, ...],
         *,
         augmentation: Augmentation | None = None,
-        shuffle: bool = False,
+        training: bool = False,
         seed: int = 0,
         channels_last: bool = True,
+        sharding: Sharding = Sharding(),  # noqa: B008 (frozen)
     ) -> None:
         self.images_NHWC = images.images_NHWC.to(device)
         self.labels_N = images.labels_N.to(device)
@@ -136,40 +167,55 @@ class ImageBatches:
         self.mean = torch.tensor(mean, device=device)
         self.std = torch.tensor(std, device=device)
         self.augmentation = augmentation
-        self.shuffle = shuffle
+        self.training = training
         self.seed = seed
         self.channels_last = channels_last
+        self.sharding = sharding
         self.epoch = 0
 
     def __len__(self) -> int:
-        return -(-len(self.labels_N) // self.batch_size)
+        if self.training:
+            return self.sharding.steps(self.num_images, self.batch_size)
+        return -(-self.num_images // self.batch_size)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches an epoch that this process sees."""
+        return sum(1 for _ in self._slices())
 
     @property
     def num_images(self) -> int:
-        """Images an epoch."""
+        """Images an epoch, over all processes."""
         return len(self.labels_N)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order and augmentation the next iteration has."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        count, device = len(self.labels_N), self.labels_N.device
-        # everything random in an epoch is drawn here, on the CPU: the same on every device
-        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
-        order_N = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+    def _slices(self) -> Iterator[tuple[slice, float, bool]]:
+        divide = self.sharding.training_slices if self.training else self.sharding.evaluation_slices
+        return divide(self.num_images, self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        count, device = self.num_images, self.labels_N.device
+        generator = epoch_generator(self.seed, self.epoch)
+        order_N = torch.randperm(count, generator=generator) if self.training else torch.arange(count)
         offsets_N2 = flips_N = None
         if self.augmentation is not None:
             offsets_N2 = torch.randint(0, 2 * self.augmentation.padding + 1, (count, 2), generator=generator).to(device)
             flips_N = torch.rand(count, generator=generator).to(device) < (0.5 if self.augmentation.flip else 0.0)
         order_N = order_N.to(device)
-        for start in range(0, count, self.batch_size):
-            part = slice(start, start + self.batch_size)
+        for part, share, ends_step in self._slices():
             images_BHWC = self.images_NHWC[order_N[part]]
             if self.augmentation is not None and offsets_N2 is not None and flips_N is not None:
                 images_BHWC = crop_and_flip(images_BHWC, self.augmentation.padding, offsets_N2[part], flips_N[part])
-            x = images_BHWC.to(torch.float32).div_(255).sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
-            yield x if self.channels_last else x.contiguous(), self.labels_N[order_N[part]]
+            x = normalize(images_BHWC, self.mean, self.std).permute(0, 3, 1, 2)
+            yield Batch(x if self.channels_last else x.contiguous(), self.labels_N[order_N[part]], share, ends_step)
+
+
+def normalize(images_BHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
+    """(pixel / 255 − mean) / std of uint8 images, channels last, as float32."""
+    return images_BHWC.to(torch.float32).div_(255).sub_(mean_C).div_(std_C)
 
 
 def crop_and_flip(images_BHWC: Tensor, padding: int, offsets_B2: Tensor, flips_B: Tensor) -> Tensor:
@@ -192,8 +238,3 @@ def crop_and_flip(images_BHWC: Tensor, padding: int, offsets_B2: Tensor, flips_B
     rows_BH = torch.arange(height, device=device) + offsets_B2[:, 0, None]
     batch_B = torch.arange(batch, device=device)
     return padded[batch_B[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]
-
-
-def _mix(seed: int, epoch: int) -> int:
-    # two seeds next to each other must not share epochs: an odd multiplier spreads them over 63 bits
-    return (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + 1) % (1 << 63)

@@ -11,6 +11,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from apot_fat.data.images import Dataset, ImageSet
+from apot_fat.data.images import Dataset, FileSet, ImageSet
 from apot_fat.quant.spec import nearest
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
@@ -43,18 +44,21 @@ def load_dataset(
     val_split: float = 0.0,
     seed: int = 0,
     need_train: bool = True,
+    stream: bool = False,
 ) -> Dataset:
-    """Load a data set into memory.
+    """Load a data set: into memory, or as a list of files to decode as they are needed.
 
     Args:
         source: ``digits``, ``cifar10``, ``cifar100``; a folder with ``train/CLASS/*`` and ``test/CLASS/*`` (or
-            ``val``); or an ``.npz`` file with ``images`` uint8 (N, 3, H, W) or (N, H, W, 3) and ``labels``.
+            ``val``); ``imagenet``, such a folder under ``root``; or an ``.npz`` file with ``images`` uint8 (N, 3, H, W)
+            or (N, H, W, 3) and ``labels``.
         test_source: a folder of class folders or an ``.npz`` with the test images, instead of the source's.
         root: where CIFAR is, or is downloaded to.
         image_size: height and width that images are brought to (shorter side resized, centre cropped), pixels.
         val_split: fraction of the training images to hold out, [0, 1).
         seed: chooses the held-out images.
         need_train: False where only the test images are wanted.
+        stream: leave a folder's images on disk; they are then cropped to size as they are decoded.
 
     Returns:
         The ``Dataset``; its ``train`` may be None when not needed.
@@ -68,11 +72,15 @@ def load_dataset(
         dataset = NAMED[source](Path(root))
         if image_size is not None:
             dataset = _resized(dataset, image_size)
+        if test_source is not None:
+            dataset = replace(dataset, test=_read_set(Path(test_source), image_size, dataset.classes, stream)[0])
     else:
-        dataset = _from_path(Path(source), test_source, image_size, need_train)
-    if source in NAMED and test_source is not None:
-        test, classes = _read_set(Path(test_source), image_size, dataset.classes)
-        dataset = Dataset(dataset.name, classes, dataset.train, test)
+        path = Path(root) / "imagenet" if source == "imagenet" else Path(source)
+        if source == "imagenet" and not path.exists():
+            raise ValueError(
+                f"ImageNet is not at {path}: put or link its folder (train/ and val/) there, or name it with --data"
+            )
+        dataset = _from_path(path, test_source, image_size, need_train, stream)
     for part in (dataset.train, dataset.test):
         if part is not None and int(part.labels_N.max()) >= len(dataset.classes):
             raise ValueError(f"{source}: label {int(part.labels_N.max())} of {len(dataset.classes)} classes")
@@ -126,7 +134,7 @@ NAMED: dict[str, Callable[[Path], Dataset]] = {
 }
 
 
-def _from_path(path: Path, test_source: str | None, image_size: int | None, need_train: bool) -> Dataset:
+def _from_path(path: Path, test_source: str | None, image_size: int | None, need_train: bool, stream: bool) -> Dataset:
     if not path.exists():
         raise ValueError(
             f"no data set {str(path)!r}{nearest(str(path), NAMED)}: "
@@ -145,17 +153,22 @@ def _from_path(path: Path, test_source: str | None, image_size: int | None, need
         test_path = path
     train, classes = None, None
     if need_train:
-        train, classes = _read_set(train_path, image_size, None)
-    test, classes = _read_set(test_path, image_size, classes)
-    if train is not None and train.size != test.size:
+        train, classes = _read_set(train_path, image_size, None, stream)
+    test, classes = _read_set(test_path, image_size, classes, stream)
+    if isinstance(train, ImageSet) and isinstance(test, ImageSet) and train.size != test.size:
         raise ValueError(f"{path}: training images are {train.size}, test images {test.size}; give --image-size")
     return Dataset(str(path), classes, train, test)
 
 
-def _read_set(path: Path, image_size: int | None, classes: tuple[str, ...] | None) -> tuple[ImageSet, tuple[str, ...]]:
+def _read_set(
+    path: Path, image_size: int | None, classes: tuple[str, ...] | None, stream: bool
+) -> tuple[ImageSet | FileSet, tuple[str, ...]]:
     if not path.exists():
         raise ValueError(f"no images at {path}")
-    return _read_folder(path, image_size, classes) if path.is_dir() else _read_npz(path, image_size, classes)
+    if not path.is_dir():
+        return _read_npz(path, image_size, classes)
+    files, classes = _list_folder(path, classes)
+    return (files if stream else _decode_all(files, path, image_size)), classes
 
 
 def _read_npz(path: Path, image_size: int | None, classes: tuple[str, ...] | None) -> tuple[ImageSet, tuple[str, ...]]:
@@ -175,9 +188,7 @@ def _read_npz(path: Path, image_size: int | None, classes: tuple[str, ...] | Non
     return (_resize(found, image_size) if image_size else found), names
 
 
-def _read_folder(
-    path: Path, image_size: int | None, classes: tuple[str, ...] | None
-) -> tuple[ImageSet, tuple[str, ...]]:
+def _list_folder(path: Path, classes: tuple[str, ...] | None) -> tuple[FileSet, tuple[str, ...]]:
     found = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
     if not found:
         raise ValueError(f"{path}: holds no class folders")
@@ -185,16 +196,23 @@ def _read_folder(
     if unknown:
         raise ValueError(f"{path}: class folder {unknown[0]!r} is not among the training classes")
     classes = classes or found
-    files = [
-        (file, classes.index(name))
-        for name in found
-        for file in sorted((path / name).iterdir())
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    ]
+    index = {name: label for label, name in enumerate(classes)}
+    files, labels = [], []
+    for name in found:
+        inside = sorted(
+            (entry for entry in os.scandir(path / name) if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES),
+            key=lambda e: e.name,
+        )
+        files += [os.fsencode(entry.path) for entry in inside]
+        labels += [index[name]] * len(inside)
     if not files:
         raise ValueError(f"{path}: its class folders hold no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return FileSet(np.array(files), torch.tensor(labels)), classes
+
+
+def _decode_all(files: FileSet, path: Path, image_size: int | None) -> ImageSet:
     fit = _fit_to(image_size) if image_size else None
-    first = _decode(files[0][0], fit)
+    first = _decode(files.path(0), fit)
     height, width = first.shape[:2]
     if (needed := len(files) * first.numel()) > MAX_BYTES_IN_MEMORY:
         raise ValueError(
@@ -204,10 +222,10 @@ def _read_folder(
     images_NHWC = torch.empty((len(files), *first.shape), dtype=torch.uint8)
 
     def decode(index: int) -> None:
-        pixels = _decode(files[index][0], fit)
+        pixels = _decode(files.path(index), fit)
         if pixels.shape != first.shape:
             raise ValueError(
-                f"{files[index][0]}: {pixels.shape[1]} × {pixels.shape[0]} pixels where others have "
+                f"{files.path(index)}: {pixels.shape[1]} × {pixels.shape[0]} pixels where others have "
                 f"{width} × {height}; give --image-size"
             )
         images_NHWC[index] = pixels
@@ -218,7 +236,7 @@ def _read_folder(
         bar = stack.enter_context(tqdm(total=len(files), desc=f"decode {path.name}", unit="img", disable=None))
         for _ in run(decode, range(len(files))):
             bar.update()
-    return ImageSet(images_NHWC, torch.tensor([label for _, label in files])), classes
+    return ImageSet(images_NHWC, files.labels_N)
 
 
 def _decode(file: Path, fit: v2.Transform | None) -> Tensor:
@@ -240,5 +258,6 @@ def _resize(images: ImageSet, size: int) -> ImageSet:
 
 
 def _resized(dataset: Dataset, size: int) -> Dataset:
-    train = None if dataset.train is None else _resize(dataset.train, size)
-    return Dataset(dataset.name, dataset.classes, train, _resize(dataset.test, size), dataset.val)
+    assert isinstance(dataset.train, ImageSet)  # the named sets are read into memory
+    assert isinstance(dataset.test, ImageSet)
+    return replace(dataset, train=_resize(dataset.train, size), test=_resize(dataset.test, size))

@@ -8,9 +8,13 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Union
 
 from apot_fat.data.normalization import normalization
+from apot_fat.data.stream import CROPS, ON_DAMAGED
 from apot_fat.models import default_preset, find_architecture
 from apot_fat.quant.spec import PRESETS, check_bits, nearest
 
+LOADERS = ("auto", "memory", "stream")
+AUGMENTS = ("auto", *CROPS)
+LR_UNITS = ("epochs", "steps")
 SCHEDULES = ("step", "cosine", "onecycle")
 AMP_TYPES = ("off", "bf16", "fp16")
 
@@ -51,30 +55,42 @@ class TrainConfig:
     val_split: float = _option(0.0, "fraction of training images held out to choose the epoch on", low=0, high=0.9)
     mean: tuple[float, ...] | None = _option(None, "channel means, units of 255; by default the published ones")
     std: tuple[float, ...] | None = _option(None, "channel standard deviations, units of 255", above=0)
+    loader: str = _option("auto", "images in memory, or decoded as needed (auto: ImageNet networks)", choices=LOADERS)
+    augment: str = _option(
+        "auto", "crop of streamed images (auto: resize-crop, FAT's random-resized)", choices=AUGMENTS
+    )
+    workers: int = _option(2, "decoding processes of streamed images, a training process", "-j", low=0, high=256)
+    on_damaged: str = _option("error", "what to do about an unreadable streamed image", choices=ON_DAMAGED)
     crop_padding: int = _option(4, "random crop after zero padding, pixels a side", low=0, high=64)
     flip: bool = _option(True, "mirror half of the training images")
 
-    batch_size: int = _option(128, "images a step", "-b", low=1)
+    batch_size: int = _option(128, "images a step, over all processes and accumulation", "-b", low=1)
+    accumulate: int = _option(1, "batches whose gradients are added up before a step", low=1)
     epochs: int = _option(300, "passes over the training images", low=1)
     lr: float = _option(0.1, "learning rate a step, for --batch-size images", "--learning_rate", above=0)
     momentum: float = _option(0.9, "of SGD", low=0, high=0.9999)
     weight_decay: float = _option(1e-4, "of weights, per step and unit of lr", "--wd", low=0)
     schedule: str = _option("step", "learning rate over time", choices=SCHEDULES)
-    lr_steps: tuple[int, ...] = _option((150, 225), "epochs at which `step` multiplies lr", "--lr_decay_step", low=0)
+    lr_unit: str = _option("epochs", "what lr_steps and warmup count", choices=LR_UNITS)
+    lr_steps: tuple[int, ...] = _option((150, 225), "when `step` multiplies lr, in lr_unit", "--lr_decay_step", low=0)
     lr_gamma: float = _option(0.1, "what `step` multiplies lr by", above=0, high=1)
-    warmup_epochs: float = _option(0.0, "linear warm-up of lr, epochs", low=0)
+    warmup: float = _option(0.0, "linear warm-up of lr, in lr_unit", low=0)
     threshold_groups: bool = _option(True, "learning rate and decay of their own for the clipping thresholds")
     act_alpha_lr: float = _option(0.1, "learning rate of activation thresholds", above=0)
     weight_alpha_lr: float = _option(0.02, "learning rate of weight thresholds and FAT's matrices", above=0)
     alpha_weight_decay: float = _option(1e-4, "weight decay of the threshold groups", low=0)
     label_smoothing: float = _option(0.0, "of the cross entropy", low=0, high=0.999)
 
-    init: str | None = _option(None, "checkpoint to start from, of any bit-width", "--pretrained")
+    init: str | None = _option(
+        None, "checkpoint to start from, of any bit-width, or `torchvision` for its fp32 weights", "--pretrained"
+    )
     seed: int = _option(0, "of weights, order and augmentation", low=0, high=2**31)
     device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:N")
     gpu: str | None = _option(None, "CUDA device numbers, as published: 0 or 0,1", "-id")
     amp: str = _option("off", "mixed precision", choices=AMP_TYPES)
     channels_last: bool = _option(True, "memory format of images and weights")
+    sync_bn: bool = _option(False, "batch norm over the images of all processes")
+    dist_timeout: float = _option(120.0, "seconds to wait for another process before giving up", above=0)
     output: str = _option("result", "folder that holds the run folders", "--job_dir")
     test_batch_size: int = _option(100, "images a step of evaluation", low=1)
     print_freq: int = _option(100, "steps between log lines", "-p", low=1)
@@ -110,6 +126,20 @@ class TrainConfig:
     def method(self) -> str:
         """Short name for tables: ``fp32`` at 32 bits, else the preset."""
         return "fp32" if self.bit == 32 else self.preset_name
+
+    @property
+    def streams(self) -> bool:
+        """Whether images stay on disk and are decoded as they are needed."""
+        return self.loader == "stream" or (
+            self.loader == "auto" and find_architecture(self.arch).dataset == "imagenet" and self.data != "digits"
+        )
+
+    @property
+    def crop(self) -> str:
+        """The random crop of streamed training images."""
+        if self.augment != "auto":
+            return self.augment
+        return "random-resized-crop" if self.preset_name.startswith("fat") else "resize-crop"
 
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Channel means and standard deviations in use, units of 255."""

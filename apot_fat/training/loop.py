@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from apot_fat.data.images import ImageBatches
+from apot_fat.data.sharding import Batch, Batches
+from apot_fat.training.distributed import sum_over_processes
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -55,7 +57,7 @@ class Meter:
         self.data_seconds += self.last_data_seconds
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a step; nothing is read back from the device."""
+        """Add a batch and its mean loss; nothing is read back from the device."""
         self.last_count = len(labels)
         self.last_loss = loss.detach()
         self.last_correct = (logits.detach().argmax(1) == labels).sum()
@@ -77,14 +79,17 @@ class Meter:
         return "\t".join(parts)
 
     def result(self) -> Result:
-        """The whole pass."""
-        loss = self.loss_sum.item() / self.total
-        return Result(loss, int(self.correct.item()), self.total, time.perf_counter() - self.start)
+        """The whole pass, over all processes."""
+        sums = torch.stack(
+            [self.loss_sum.double(), self.correct.double(), self.correct.new_tensor(self.total).double()]
+        )
+        loss_sum, correct, total = sum_over_processes(sums).tolist()
+        return Result(loss_sum / total, int(correct), int(total), time.perf_counter() - self.start)
 
 
 def train_epoch(
     model: nn.Module,
-    batches: ImageBatches,
+    batches: Batches,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler,
@@ -95,61 +100,75 @@ def train_epoch(
     print_freq: int = 100,
     epoch: int = 0,
 ) -> Result:
-    """One pass of SGD over the batches, a schedule step after each.
+    """One pass of SGD over the batches, a schedule step after each optimiser step.
+
+    The gradient of a step is that of the mean loss over its images, however they are divided among accumulated
+    batches and processes.
 
     Args:
+        model: the network, or ``DistributedDataParallel`` around it.
         amp: ``off``, ``bf16`` or ``fp16`` (with an enabled ``scaler``).
         label_smoothing: of the cross entropy, [0, 1).
-        log: takes the published line every ``print_freq`` steps.
+        log: takes the published line every ``print_freq`` batches.
         epoch: its number, for the log.
     """
     model.train()
     device = next(model.parameters()).device
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     meter = Meter(device)
-    for step, (x, labels) in enumerate(_bar(batches, f"epoch {epoch}")):
+    optimizer.zero_grad(set_to_none=True)
+    for index, (x, labels, share, ends_step) in enumerate(_bar(batches, f"epoch {epoch}", show=log is not None)):
         meter.data_ready()
-        with _autocast(device, amp):
-            logits = model(x)
-            loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        schedule.step()
+        with _no_sync(model, not ends_step):
+            with _autocast(device, amp):
+                logits = model(x)
+                loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+            scaler.scale(loss * (share * world)).backward()  # DistributedDataParallel divides by world
+        if ends_step:
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
         meter.update(loss, logits, labels)
-        if log and step % print_freq == 0:
-            log(meter.line(f"Epoch: [{epoch}][{step}/{len(batches)}]", with_data=True))
+        if log and index % print_freq == 0:
+            log(meter.line(f"Epoch: [{epoch}][{index}/{batches.num_batches}]", with_data=True))
     return meter.result()
 
 
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    batches: ImageBatches,
+    batches: Batches,
     *,
     amp: str = "off",
     log: Callable[[str], None] | None = None,
     print_freq: int = 100,
 ) -> Result:
-    """Loss and accuracy of a model in evaluation mode; the model's mode is restored.
+    """Loss and accuracy of a model in evaluation mode, each image counted once; the model's mode is restored.
 
     Args:
+        model: the network itself, without ``DistributedDataParallel``: processes may see different numbers of batches.
         amp: ``off``, ``bf16`` or ``fp16``.
-        log: takes the published line every ``print_freq`` steps.
+        log: takes the published line every ``print_freq`` batches.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     meter = Meter(device)
-    for step, (x, labels) in enumerate(_bar(batches, "test")):
+    for index, (x, labels, _, _) in enumerate(_bar(batches, "test", show=log is not None)):
         with _autocast(device, amp):
             logits = model(x)
             loss = F.cross_entropy(logits, labels)
         meter.update(loss, logits, labels)
-        if log and step % print_freq == 0:
-            log(meter.line(f"Test: [{step}/{len(batches)}]", with_data=False))
+        if log and index % print_freq == 0:
+            log(meter.line(f"Test: [{index}/{batches.num_batches}]", with_data=False))
     model.train(was_training)
     return meter.result()
+
+
+def _no_sync(model: nn.Module, active: bool) -> AbstractContextManager[object]:
+    # gradients are summed over processes once a step, after the last of its accumulated batches
+    return model.no_sync() if active and isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def _autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
@@ -157,6 +176,11 @@ def _autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def _bar(batches: ImageBatches, label: str) -> tqdm:
-    # disable=None: no bar where the output is not a terminal
-    return tqdm(batches, desc=label, unit="step", leave=False, disable=None)
+def _bar(batches: Batches, label: str, *, show: bool) -> Iterator[Batch]:
+    # in images, so that it says images/s and the time left; none where the output is not a terminal (disable=None)
+    disable = None if show else True
+    with tqdm(total=batches.num_images, desc=label, unit="img", leave=False, disable=disable) as bar:
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        for batch in batches:
+            yield batch
+            bar.update(len(batch.labels) * world)

@@ -48,30 +48,33 @@ def make_schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """A schedule to step after every optimiser step; all groups follow the same curve."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config, step / steps_per_epoch))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config, step, steps_per_epoch))
 
 
-def lr_factor(config: TrainConfig, epoch: float) -> float:
+def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """What the initial learning rates are multiplied by.
 
-    Equation, t in epochs of T: ``step`` γ^(number of lr_steps ≤ t); ``cosine`` (1 + cos(π t / T)) / 2; ``onecycle``
-    from 1/25 up to 1 at 0.3 T and down to 1e-4, both as half cosines. A warm-up multiplies by t / warmup_epochs first.
+    Equation, T the run's steps, s the step from 0: ``step`` γ^(number of lr_steps ≤ s); ``cosine``
+    (1 + cos(π s / T)) / 2; ``onecycle`` from 1/25 up to 1 at 0.3 T and down to 1e-4, both as half cosines. A warm-up
+    multiplies by s / warmup first. ``lr_steps`` and ``warmup`` count epochs or steps, as ``lr_unit`` says.
 
     Args:
         config: schedule and its fields.
-        epoch: t ≥ 0, fractions count steps.
+        step: optimiser steps done, ≥ 0.
+        steps_per_epoch: to count in epochs.
     """
-    progress = min(epoch / config.epochs, 1.0)
+    progress = min(step / (config.epochs * steps_per_epoch), 1.0)
+    now = step if config.lr_unit == "steps" else step / steps_per_epoch
     if config.schedule == "step":
-        factor = config.lr_gamma ** sum(epoch >= step for step in config.lr_steps)
+        factor = config.lr_gamma ** sum(now >= milestone for milestone in config.lr_steps)
     elif config.schedule == "cosine":
         factor = _half_cosine(1.0, 0.0, progress)
     elif progress < 0.3:
         factor = _half_cosine(1 / 25, 1.0, progress / 0.3)
     else:
         factor = _half_cosine(1.0, 1e-4, (progress - 0.3) / 0.7)
-    if epoch < config.warmup_epochs:
-        factor *= epoch / config.warmup_epochs
+    if now < config.warmup:
+        factor *= now / config.warmup
     return factor
 
 

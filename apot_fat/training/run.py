@@ -15,17 +15,44 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from apot_fat.checkpoint import atomic_write, load_weights, read_checkpoint, write_checkpoint
-from apot_fat.data import Augmentation, Dataset, ImageBatches, load_dataset
+from apot_fat.checkpoint import (
+    TORCHVISION,
+    atomic_write,
+    load_weights,
+    read_checkpoint,
+    torchvision_weights,
+    write_checkpoint,
+)
+from apot_fat.data import (
+    Augmentation,
+    Batches,
+    Dataset,
+    FileBatches,
+    FileSet,
+    ImageBatches,
+    ImageSet,
+    Sharding,
+    load_dataset,
+)
 from apot_fat.models import create_model
 from apot_fat.quant.layers import clipping_table, keep_thresholds_positive, quant_layers
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device
+from apot_fat.training.distributed import (
+    Processes,
+    gather_objects,
+    launched,
+    process_group,
+    synchronize_batch_norm,
+    wait_for_all,
+    wrap,
+)
 from apot_fat.training.loop import Result, evaluate, train_epoch
 from apot_fat.training.optim import make_optimizer, make_schedule
 
 LAST, BEST, METRICS, CONFIG = "checkpoint.pth.tar", "model_best.pth.tar", "metrics.jsonl", "config.toml"
-_FREE_TO_CHANGE = {"output", "device", "gpu", "print_freq", "histogram_every", "test_batch_size", "data_root", "epochs"}
+_FREE_TO_CHANGE = {"output", "device", "gpu", "print_freq", "histogram_every", "test_batch_size", "data_root"}
+_FREE_TO_CHANGE |= {"epochs", "workers", "dist_timeout", "on_damaged"}
 
 log = logging.getLogger("apot_fat")
 
@@ -60,8 +87,8 @@ class RunSummary:
 def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | None = None) -> RunSummary:
     """Train one network at one bit-width and leave the run folder ``output/<arch>_<bits>bit``.
 
-    Every epoch is tested; the best is the one with the highest test accuracy, as published, or with ``val_split`` the
-    highest on the held-out training images.
+    Under torchrun all processes train it together and the first writes the files. Every epoch is tested; the best is
+    the one with the highest test accuracy, as published, or with ``val_split`` on the held-out training images.
 
     Args:
         config: the run.
@@ -73,68 +100,67 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
         ValueError: anything in the config, the data or a checkpoint that does not fit, before any file is written; a
             folder that holds a run already, without ``resume``.
     """
+    processes = launched()
+    device = choose_device(config.device, config.gpu, processes.local_rank)
+    sharding = Sharding(processes.rank, processes.world, config.accumulate)
+    sharding.check(config.batch_size)
     folder = Path(config.output) / config.run_name
     state = _resume_state(folder, config, resume)
-    device = choose_device(config.device, config.gpu)
     dataset = dataset or load_config_dataset(config)
     assert dataset.train is not None
     seed_everything(config.seed)
     model = create_model(config.arch, config.preset, config.bit, len(dataset.classes))
     if state is None and config.init is not None:
-        load_weights(model, config.init, other_bits=True)
+        load_initial_weights(model, config)
+    if config.sync_bn and processes.is_distributed:
+        model = synchronize_batch_norm(model, device)
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
 
-    train_batches = make_batches(config, dataset.train, device, training=True)
-    test_batches = make_batches(config, dataset.test, device)
-    val_batches = None if dataset.val is None else make_batches(config, dataset.val, device)
+    train_batches = make_batches(config, dataset.train, device, sharding, training=True)
+    test_batches = make_batches(config, dataset.test, device, sharding)
+    val_batches = None if dataset.val is None else make_batches(config, dataset.val, device, sharding)
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, len(train_batches))
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     trackers = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    if not len(train_batches):
+        raise ValueError(f"{dataset.name}: {len(dataset.train)} training images do not fill one batch")
 
-    folder.mkdir(parents=True, exist_ok=True)
     history: list[dict[str, Any]] = []
     if state is not None:
-        history = _restore(state, trackers, folder / METRICS)
-    with atomic_write(folder / CONFIG) as temporary:
-        temporary.write_text(tomli_w.dumps(config.to_dict()), encoding="utf-8")
-    log.info("%s: %s, %s at %d bits on %s, %s", folder, config.arch, config.preset, config.bit, dataset.name, device)
-
-    with SummaryWriter(str(folder), purge_step=len(history)) as board:
+        history = _restore(state, trackers, processes)
+    with process_group(processes, device, config.dist_timeout), _Records(folder, config, processes, history) as records:
+        log.info(
+            "%s: %s, %s at %d bits on %s, %s", folder, config.arch, config.preset, config.bit, dataset.name, device
+        )
+        if processes.is_distributed:
+            log.info("%d processes, %d images a step", processes.world, config.batch_size)
+        trained_model = wrap(model, processes, device)
+        say = log.info if processes.is_first else None
         for epoch in range(len(history), config.epochs):
             train_batches.set_epoch(epoch)
             trained = train_epoch(
-                model,
+                trained_model,
                 train_batches,
                 optimizer,
                 schedule,
                 scaler,
                 amp=config.amp,
                 label_smoothing=config.label_smoothing,
-                log=log.info,
+                log=say,
                 print_freq=config.print_freq,
                 epoch=epoch,
             )
             if raised := keep_thresholds_positive(model):
                 log.warning("epoch %d: %d clipping thresholds reached zero and were set to their floor", epoch, raised)
-            tested = evaluate(model, test_batches, amp=config.amp, log=log.info, print_freq=config.print_freq)
+            tested = evaluate(model, test_batches, amp=config.amp, log=say, print_freq=config.print_freq)
             held_out = None if val_batches is None else evaluate(model, val_batches, amp=config.amp)
             log.info(" * Prec %.3f%%", tested.top1)
-
-            row = _metrics(epoch, optimizer, model, trained, tested, held_out)
-            history.append(row)
-            key = _selection_key(history)
-            best_epoch = best_index(history)
-            log.info("best acc: %f", history[best_epoch][key])
-            _write_board(board, row, model, config, epoch)
-            checkpoint = _checkpoint(config, trackers, history)
-            if best_epoch == epoch:
-                write_checkpoint(checkpoint, folder / BEST)
-            _append(folder / METRICS, row, first=epoch == 0)
-            write_checkpoint(checkpoint, folder / LAST)
-    return summarize(folder)
+            history.append(_metrics(epoch, optimizer, model, trained, tested, held_out))
+            records.save(trackers, history)
+    return _summary(folder, config, history)
 
 
 def summarize(folder: Path) -> RunSummary:
@@ -144,7 +170,10 @@ def summarize(folder: Path) -> RunSummary:
         ValueError: no run there, or a damaged file.
     """
     content = read_checkpoint(folder / LAST)
-    config, history = run_config(content, folder / LAST), content["history"]
+    return _summary(folder, run_config(content, folder / LAST), content["history"])
+
+
+def _summary(folder: Path, config: TrainConfig, history: list[dict[str, Any]]) -> RunSummary:
     best = best_index(history)
     alphas = [
         alpha for layer in history[-1]["layers"].values() for alpha in (layer["weight_alpha"], layer["act_alpha"])
@@ -162,6 +191,44 @@ def summarize(folder: Path) -> RunSummary:
         thresholds=tuple(alpha for alpha in alphas if alpha is not None),
         seconds=sum(row["seconds"] for row in history),
     )
+
+
+class _Records:
+    """The files of a run folder, written by the first process alone."""
+
+    def __init__(self, folder: Path, config: TrainConfig, processes: Processes, history: list[dict[str, Any]]) -> None:
+        self.folder, self.config, self.processes = folder, config, processes
+        self.done = list(history)
+        self.board: SummaryWriter | None = None
+
+    def __enter__(self) -> _Records:
+        if self.processes.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(self.folder / CONFIG) as temporary:
+                temporary.write_text(tomli_w.dumps(self.config.to_dict()), encoding="utf-8")
+            with atomic_write(self.folder / METRICS) as temporary:  # without rows of an epoch that was not saved
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.done), encoding="utf-8")
+            self.board = SummaryWriter(str(self.folder), purge_step=len(self.done))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.board is not None:
+            self.board.close()
+
+    def save(self, trackers: dict[str, Any], history: list[dict[str, Any]]) -> None:
+        """Record the epoch just ended; every process waits until its files are there."""
+        rng = gather_objects(_rng_state())
+        if self.board is not None:
+            row, best = history[-1], best_index(history)
+            log.info("best acc: %f", history[best][_selection_key(history)])
+            _write_board(self.board, row, trackers["model"], self.config, row["epoch"] - 1)
+            checkpoint = _checkpoint(self.config, trackers, history, rng)
+            if best == len(history) - 1:
+                write_checkpoint(checkpoint, self.folder / BEST)
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            write_checkpoint(checkpoint, self.folder / LAST)
+        wait_for_all()
 
 
 def is_finished(config: TrainConfig) -> bool:
@@ -195,23 +262,39 @@ def load_config_dataset(config: TrainConfig, *, need_train: bool = True) -> Data
         val_split=config.val_split,
         seed=config.seed,
         need_train=need_train,
+        stream=config.streams,
     )
 
 
-def make_batches(config: TrainConfig, images: Any, device: torch.device, *, training: bool = False) -> ImageBatches:
-    """Batches of an image set: shuffled and augmented for training, in order for evaluation."""
+def make_batches(
+    config: TrainConfig,
+    images: ImageSet | FileSet,
+    device: torch.device,
+    sharding: Sharding = Sharding(),  # noqa: B008 (frozen)
+    *,
+    training: bool = False,
+) -> Batches:
+    """Batches of images: shuffled and augmented for training, in order for evaluation."""
     mean, std = config.normalization()
-    return ImageBatches(
-        images,
-        config.batch_size if training else config.test_batch_size,
-        device,
-        mean,
-        std,
-        augmentation=Augmentation(config.crop_padding, config.flip) if training else None,
-        shuffle=training,
-        seed=config.seed,
-        channels_last=config.channels_last,
-    )
+    batch_size = config.batch_size if training else config.test_batch_size
+    options: dict[str, Any] = {
+        "training": training,
+        "seed": config.seed,
+        "channels_last": config.channels_last,
+        "sharding": sharding,
+    }
+    if isinstance(images, ImageSet):
+        augmentation = Augmentation(config.crop_padding, config.flip) if training else None
+        return ImageBatches(images, batch_size, device, mean, std, augmentation=augmentation, **options)
+    options |= {"crop": config.crop, "workers": config.workers, "on_damaged": config.on_damaged}
+    return FileBatches(images, batch_size, device, mean, std, image_size=config.image_size or 224, **options)
+
+
+def load_initial_weights(model: nn.Module, config: TrainConfig) -> None:
+    """Start from ``config.init``: a checkpoint of any bit-width, or torchvision's fp32 weights."""
+    assert config.init is not None
+    source = torchvision_weights(config.arch) if config.init == TORCHVISION else config.init
+    load_weights(model, source, other_bits=True)
 
 
 def best_index(history: list[dict[str, Any]]) -> int:
@@ -257,24 +340,29 @@ def _resume_state(folder: Path, config: TrainConfig, resume: str | None) -> dict
     return content
 
 
-def _restore(state: dict[str, Any], trackers: dict[str, Any], metrics: Path) -> list[dict[str, Any]]:
-    model: nn.Module = trackers["model"]
-    load_weights(model, state)
+def _restore(state: dict[str, Any], trackers: dict[str, Any], processes: Processes) -> list[dict[str, Any]]:
+    load_weights(trackers["model"], state)
     for name in ("optimizer", "schedule", "scaler"):
         trackers[name].load_state_dict(state[name])
-    torch.set_rng_state(state["rng"]["cpu"])
-    if torch.cuda.is_available() and "cuda" in state["rng"]:
-        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+    rng = state["rng"][processes.rank] if processes.rank < len(state["rng"]) else None
+    if rng is not None:
+        torch.set_rng_state(rng["cpu"])
+        if torch.cuda.is_available() and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"])
     history: list[dict[str, Any]] = state["history"]
-    with atomic_write(metrics) as temporary:  # drops rows of an epoch that was not saved
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
     return history
 
 
-def _checkpoint(config: TrainConfig, trackers: dict[str, Any], history: list[dict[str, Any]]) -> dict[str, Any]:
-    rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
+def _rng_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _checkpoint(
+    config: TrainConfig, trackers: dict[str, Any], history: list[dict[str, Any]], rng: list[dict[str, torch.Tensor]]
+) -> dict[str, Any]:
     return {
         "arch": config.arch,
         "epoch": len(history),
@@ -303,11 +391,6 @@ def _metrics(
     row["layers"] = {layer.name: asdict(layer) for layer in clipping_table(model)}
     row["seconds"] = trained.seconds + tested.seconds + (held_out.seconds if held_out else 0.0)
     return row
-
-
-def _append(path: Path, row: dict[str, Any], *, first: bool) -> None:
-    with path.open("w" if first else "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def _write_board(board: SummaryWriter, row: dict[str, Any], model: nn.Module, config: TrainConfig, epoch: int) -> None:

@@ -18,11 +18,11 @@ def test_evaluation_batches_are_in_order_and_normalised() -> None:
     images = image_set()
     batches = ImageBatches(images, 4, CPU, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     assert len(batches) == 3
-    x = torch.cat([x for x, _ in batches])
+    x = torch.cat([batch.x for batch in batches])
     expected = vision.normalize(images.images_NHWC.permute(0, 3, 1, 2).float() / 255, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
     torch.testing.assert_close(x, expected)
-    assert torch.cat([labels for _, labels in batches]).tolist() == images.labels_N.tolist()
-    assert next(iter(batches))[0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.cat([batch.labels for batch in batches]).tolist() == images.labels_N.tolist()
+    assert next(iter(batches)).x.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_crop_and_flip_equals_padding_cropping_and_mirroring_each_image() -> None:
@@ -48,9 +48,9 @@ def test_augmentation_is_uniform_over_offsets_and_mirrors_half() -> None:
         (0,) * 3,
         (1,) * 3,
         augmentation=Augmentation(padding=1),
-        shuffle=True,
+        training=True,
     )
-    x = next(iter(batches))[0][:, 0]
+    x = next(iter(batches)).x[:, 0]
     position = (x == 1).flatten(1).float().argmax(1)
     counts = torch.bincount(position, minlength=49).reshape(7, 7)[2:5, 2:5]
     assert counts.sum() == 6000
@@ -64,10 +64,10 @@ def test_an_epoch_depends_on_seed_and_epoch_alone() -> None:
 
     def epoch(seed: int, number: int) -> torch.Tensor:
         batches = ImageBatches(
-            images, 8, CPU, (0,) * 3, (1,) * 3, augmentation=Augmentation(2), shuffle=True, seed=seed
+            images, 8, CPU, (0,) * 3, (1,) * 3, augmentation=Augmentation(2), training=True, seed=seed
         )
         batches.set_epoch(number)
-        return torch.cat([x for x, _ in batches])
+        return torch.cat([batch.x for batch in batches])
 
     first = epoch(1, 5)
     torch.rand(3)

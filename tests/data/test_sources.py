@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from apot_fat.data import load_dataset
+from apot_fat.data import FileSet, ImageSet, load_dataset
 
 
 @pytest.fixture
@@ -27,7 +27,8 @@ def image_folder(tmp_path: Path) -> Path:
 
 def test_digits_are_embedded_and_split_by_class() -> None:
     dataset = load_dataset("digits")
-    assert dataset.train is not None
+    assert isinstance(dataset.train, ImageSet)
+    assert isinstance(dataset.test, ImageSet)
     assert (len(dataset.train), len(dataset.test), dataset.train.size) == (1437, 360, (8, 8))
     assert (torch.bincount(dataset.test.labels_N) - 36).abs().max() <= 1
     assert dataset.train.images_NHWC.max() == 255
@@ -38,11 +39,13 @@ def test_digits_are_embedded_and_split_by_class() -> None:
 
 def test_folder_of_class_folders(image_folder: Path) -> None:
     dataset = load_dataset(str(image_folder))
-    assert dataset.train is not None
+    assert isinstance(dataset.train, ImageSet)
+    assert isinstance(dataset.test, ImageSet)
     assert dataset.classes == ("cat", "dog")
     assert (len(dataset.train), len(dataset.test), dataset.train.size) == (8, 4, (12, 12))
     assert dataset.train.labels_N.tolist() == [0] * 4 + [1] * 4
     resized = load_dataset(str(image_folder), image_size=8)
+    assert isinstance(resized.test, ImageSet)
     assert resized.test.size == (8, 8)
 
 
@@ -51,7 +54,7 @@ def test_folder_mistakes(image_folder: Path) -> None:
     Image.new("RGB", (9, 12)).save(odd)
     with pytest.raises(ValueError, match="give --image-size"):
         load_dataset(str(image_folder))
-    assert load_dataset(str(image_folder), image_size=8).test.size == (8, 8)
+    load_dataset(str(image_folder), image_size=8)
     odd.write_text("no image")
     with pytest.raises(ValueError, match=r"3\.png: not a readable image"):
         load_dataset(str(image_folder))
@@ -68,13 +71,15 @@ def test_jpeg_pixels_are_the_decoded_ones(tmp_path: Path) -> None:
         (tmp_path / part / "a").mkdir(parents=True)
         Image.new("L", (70, 70), 77).save(tmp_path / part / "a/0.jpg")
     dataset = load_dataset(str(tmp_path))  # 70 × 70: the threaded path
+    assert isinstance(dataset.test, ImageSet)
     assert (dataset.test.images_NHWC.float() - 77).abs().max() <= 1
 
 
 def test_npz(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
     train, test = (str(path) for path in tiny_npz)
     dataset = load_dataset(train, test_source=test)
-    assert dataset.train is not None
+    assert isinstance(dataset.train, ImageSet)
+    assert isinstance(dataset.test, ImageSet)
     assert (len(dataset.train), len(dataset.test)) == (48, 21)
     assert load_dataset(test, need_train=False).train is None
     with pytest.raises(ValueError, match="name the test images with --test-data"):
@@ -105,7 +110,8 @@ def test_cifar_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
     dataset = load_dataset("cifar10", root=tmp_path)
-    assert dataset.train is not None
+    assert isinstance(dataset.train, ImageSet)
+    assert isinstance(dataset.test, ImageSet)
     assert (len(dataset.train), len(dataset.test), dataset.classes[1]) == (50, 10, "class1")
     expected = torch.from_numpy(pixels[5, 3].reshape(3, 32, 32)).permute(1, 2, 0)
     assert torch.equal(dataset.test.images_NHWC[3], expected)
@@ -120,6 +126,18 @@ def test_cifar_offline_says_what_to_put_where(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ValueError, match=r"put cifar-100-python\.tar\.gz from https.* into .*data/"):
         load_dataset("cifar100", root=root)
     assert not root.exists()
+
+
+def test_a_streamed_folder_is_a_list_of_files(image_folder: Path) -> None:
+    dataset = load_dataset(str(image_folder), stream=True, val_split=0.25)
+    assert isinstance(dataset.train, FileSet)
+    assert isinstance(dataset.val, FileSet)
+    assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (6, 2, 4)
+    assert dataset.test.labels_N.tolist() == [0, 0, 1, 1]
+    assert isinstance(dataset.test, FileSet)
+    assert dataset.test.path(3) == image_folder / "val/dog/1.png"
+    with pytest.raises(ValueError, match="put or link its folder"):
+        load_dataset("imagenet", root=image_folder)
 
 
 def test_unknown_sources() -> None:

@@ -1,31 +1,61 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from apot_fat.models import create_model, default_preset, find_architecture, list_models
-from apot_fat.quant import EightBitConv2d, EightBitLinear, quant_layers
+from apot_fat.quant import PRESETS, EightBitConv2d, EightBitLinear, quant_layers
 
-DEEP_TWINS = ("resnet44", "resnet110")  # of resnet20: one bit-width is enough
-CASES = [
-    (name, preset, bits)
-    for name in list_models()
-    for preset in ("apot-cifar", "fat-cifar-log")
-    for bits in ((3,) if name in DEEP_TWINS else (2, 3, 4, 5, 32))
-]
+ALTERNATING = {2: "apot", 3: "fat", 4: "fat", 5: "apot", 32: "apot"}
+SIDES = {"vgg_small": 32, "vgg16": 32}
 
 
-@pytest.mark.parametrize(("name", "preset", "bits"), CASES)
-def test_every_network(name: str, preset: str, bits: int) -> None:
-    model = create_model(name, preset, bits, num_classes=7)
-    x = torch.rand(2, 3, 32, 32) if name.startswith("vgg") else torch.rand(2, 3, 16, 16)
+@pytest.mark.parametrize("bits", ALTERNATING)
+@pytest.mark.parametrize("name", list_models())
+def test_every_network(name: str, bits: int) -> None:
+    where = "cifar" if find_architecture(name).dataset == "cifar10" else "imagenet"
+    model = create_model(name, f"{ALTERNATING[bits]}-{where}", bits, num_classes=7)
+    # through 152 layers, batch statistics of two images of one pixel each would make the gradient overflow
+    x = torch.rand(8, 3, 32, 32) if where == "imagenet" else torch.rand(2, 3, SIDES.get(name, 16), SIDES.get(name, 16))
     y = model(x)
-    assert y.shape == (2, 7)
+    assert y.shape == (len(x), 7)
     y.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    twin = create_model(name, preset, bits, num_classes=7)
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
     twin.load_state_dict(model.state_dict())
     torch.testing.assert_close(twin.eval()(x), model.eval()(x), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg_small", "resnet18", "mobilenet_v2"])
+def test_every_preset_on_one_network_a_family(name: str) -> None:
+    for preset in PRESETS:
+        model = create_model(name, preset, 3, num_classes=5)
+        y = model(torch.rand(2, 3, 32, 32))
+        y.square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters()), preset
+
+
+def test_mobilenet_mixes_as_published() -> None:
+    model = create_model("mobilenet_v2", bits=4)
+    kinds = {name: layer.spec.transform for name, layer in quant_layers(model)}
+    assert sum(kinds.values()) == 17  # the linear bottlenecks
+    assert all(name.endswith(("conv.1", "conv.2")) for name, transformed in kinds.items() if transformed)
+    plain = {layer.spec.weight_norm for _, layer in quant_layers(model) if not layer.spec.transform}
+    assert plain == {"center"}
+    assert not any(layer.spec.transform for _, layer in quant_layers(create_model("mobilenetv2", bits=4)))
+
+
+def test_widths_have_torchvisions_shapes() -> None:
+    from torchvision.models import mobilenet_v2
+
+    for width, name in ((1.0, "mobilenet_v2"), (0.5, "mobilenet_v2_x0_5"), (1.4, "mobilenet_v2_x1_4")):
+        theirs = {k: v.shape for k, v in mobilenet_v2(width_mult=width).state_dict().items()}
+        ours = {k: v.shape for k, v in create_model(name, bits=32).state_dict().items()}
+        assert ours == theirs
 
 
 @pytest.mark.parametrize(
@@ -37,6 +67,10 @@ def test_every_network(name: str, preset: str, bits: int) -> None:
         ("ResNet-56", "resnet56", "apot-cifar"),
         ("vgg_7_bn", "vgg_small", "fat-cifar"),
         ("vgg_16_bn", "vgg16", "fat-cifar"),
+        ("resnet18", "resnet18", "apot-imagenet"),
+        ("resnet_34", "resnet34", "fat-imagenet"),
+        ("mobilenet_v2", "mobilenet_v2", "fat-imagenet"),
+        ("mobilenetv2", "mobilenet_v2", "apot-imagenet"),
     ],
 )
 def test_published_spellings(spelling: str, name: str, preset: str) -> None:

@@ -43,15 +43,21 @@ def test_cosine_equals_pytorchs() -> None:
     optimizer = torch.optim.SGD([weight], lr=0.3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
     for epoch in range(8):
-        assert 0.3 * lr_factor(config, epoch) == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert 0.3 * lr_factor(config, epoch, 1) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
 
 
 def test_onecycle_and_warm_up() -> None:
     config = TrainConfig(schedule="onecycle", epochs=100)
-    assert lr_factor(config, 0) == pytest.approx(1 / 25)
-    assert lr_factor(config, 30) == pytest.approx(1)
-    assert lr_factor(config, 100) == pytest.approx(1e-4)
-    warm = TrainConfig(warmup_epochs=4, epochs=100)
-    assert [lr_factor(warm, epoch) for epoch in (0, 1, 4)] == [0, 0.25, 1]
+    assert lr_factor(config, 0, 10) == pytest.approx(1 / 25)
+    assert lr_factor(config, 300, 10) == pytest.approx(1)
+    assert lr_factor(config, 1000, 10) == pytest.approx(1e-4)
+    warm = TrainConfig(warmup=4, epochs=100)
+    assert [lr_factor(warm, 10 * epoch, 10) for epoch in (0, 1, 4)] == [0, 0.25, 1]
+
+
+def test_schedules_in_steps() -> None:
+    config = TrainConfig(lr_unit="steps", lr_steps=(30, 60), warmup=5, epochs=100)
+    factors = [lr_factor(config, step, 10) for step in (0, 1, 5, 29, 30, 60)]
+    assert factors == pytest.approx([0, 0.2, 1, 1, 0.1, 0.01])

@@ -1,0 +1,182 @@
+"""Batches of image files decoded by worker processes: ImageNet, or any set too large for memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+from torchvision.transforms import v2
+
+from apot_fat.data.images import FileSet, normalize
+from apot_fat.data.sharding import Batch, Sharding, epoch_generator, mix_seed
+
+CROPS = ("resize-crop", "random-resized-crop")
+ON_DAMAGED = ("error", "skip")
+
+log = logging.getLogger("apot_fat")
+
+
+class FileBatches:
+    """Batches of image files: decoded, cropped and mirrored as uint8 by workers, normalised on the device.
+
+    Args:
+        files: the files and labels.
+        batch_size: images an optimiser step over all processes; for evaluation images a batch.
+        device: where batches end.
+        mean, std: per channel, in units of 255.
+        image_size: height and width of the crop, pixels.
+        crop: ``resize-crop`` (shorter side to 256 / 224 of the size, random crop; APoT) or ``random-resized-crop``
+            (FAT); evaluation takes the centre crop of the former.
+        training: a new order every epoch and random crops and mirror images; else in order.
+        seed: with the epoch's number it determines order and augmentation.
+        channels_last: memory format of the batches.
+        sharding: this process's part.
+        workers: decoding processes; 0 decodes here.
+        on_damaged: ``error`` stops at an unreadable image, ``skip`` leaves it out and counts it.
+    """
+
+    def __init__(
+        self,
+        files: FileSet,
+        batch_size: int,
+        device: torch.device,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        image_size: int = 224,
+        crop: str = "resize-crop",
+        training: bool = False,
+        seed: int = 0,
+        channels_last: bool = True,
+        sharding: Sharding = Sharding(),  # noqa: B008 (frozen)
+        workers: int = 2,
+        on_damaged: str = "error",
+    ) -> None:
+        self.files = files
+        self.batch_size = batch_size
+        self.device = device
+        self.mean = torch.tensor(mean, device=device)
+        self.std = torch.tensor(std, device=device)
+        self.training = training
+        self.channels_last = channels_last
+        self.on_damaged = on_damaged
+        self.damaged: set[Path] = set()
+        self.sampler = _EpochSampler(len(files), batch_size, training, seed, sharding)
+        decode = _DecodedFiles(files, image_transform(image_size, crop if training else None), seed)
+        self.loader = DataLoader(
+            decode,
+            batch_sampler=self.sampler,
+            num_workers=workers,
+            collate_fn=_collate,
+            generator=torch.Generator(),  # its own: starting workers must not advance the run's random numbers
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+            multiprocessing_context="forkserver" if workers else None,  # forking a process with threads can hang
+        )
+
+    def __len__(self) -> int:
+        sharding = self.sampler.sharding
+        if self.training:
+            return sharding.steps(self.num_images, self.batch_size)
+        return -(-self.num_images // self.batch_size)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches an epoch that this process sees."""
+        return len(self.sampler)
+
+    @property
+    def num_images(self) -> int:
+        """Images an epoch, over all processes."""
+        return len(self.files)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order and augmentation the next iteration has."""
+        self.sampler.epoch = epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        for (images_BCHW, labels, damaged), (_, share, ends_step) in zip(
+            self.loader, self.sampler.slices(), strict=True
+        ):
+            for path in damaged:
+                self._report(path)
+            if not len(labels):
+                raise ValueError(f"{damaged[0]}: a whole batch of unreadable images; mend the data set")
+            images_BHWC = images_BCHW.to(self.device, non_blocking=True).permute(0, 2, 3, 1)
+            x = normalize(images_BHWC, self.mean, self.std).permute(0, 3, 1, 2)
+            memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+            labels = labels.to(self.device, non_blocking=True)
+            yield Batch(x.contiguous(memory_format=memory_format), labels, share, ends_step)
+
+    def _report(self, path: Path) -> None:
+        if self.on_damaged == "error":
+            raise ValueError(f"{path}: not a readable image; mend it, or leave such images out with --on-damaged skip")
+        if path not in self.damaged:
+            self.damaged.add(path)
+            log.warning("%s: not a readable image, left out (%d so far)", path, len(self.damaged))
+
+
+def image_transform(image_size: int, crop: str | None) -> v2.Transform:
+    """PIL image → uint8 (3, S, S): the published ImageNet augmentations, or with None the centre crop of evaluation."""
+    resize = v2.Resize(round(image_size * 256 / 224), antialias=True)
+    if crop is None:
+        steps = [resize, v2.CenterCrop(image_size)]
+    elif crop == "resize-crop":
+        steps = [resize, v2.RandomCrop(image_size), v2.RandomHorizontalFlip()]
+    else:
+        steps = [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+class _EpochSampler(Sampler[list[tuple[int, int]]]):
+    """Lists of (epoch, index), one a batch of this process."""
+
+    def __init__(self, count: int, batch_size: int, training: bool, seed: int, sharding: Sharding) -> None:
+        self.count, self.batch_size, self.training = count, batch_size, training
+        self.seed, self.sharding = seed, sharding
+        self.epoch = 0
+
+    def slices(self) -> Iterator[tuple[slice, float, bool]]:
+        divide = self.sharding.training_slices if self.training else self.sharding.evaluation_slices
+        return divide(self.count, self.batch_size)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.slices())
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = epoch_generator(self.seed, self.epoch)
+        order = torch.randperm(self.count, generator=generator) if self.training else torch.arange(self.count)
+        for part, _, _ in self.slices():
+            yield [(self.epoch, index) for index in order[part].tolist()]
+
+
+class _DecodedFiles(TorchDataset[tuple[Tensor | None, int, Path]]):
+    """Decodes one file; what is random about it depends on seed, epoch and index alone, whichever worker it is."""
+
+    def __init__(self, files: FileSet, transform: v2.Transform, seed: int) -> None:
+        self.files, self.transform, self.seed = files, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, Path]:
+        epoch, index = key
+        path, label = self.files.path(index), int(self.files.labels_N[index])
+        try:
+            with Image.open(path) as image:
+                rgb = image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return None, label, path
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix_seed(self.seed, epoch, index + 1))
+            return self.transform(rgb), label, path
+
+
+def _collate(samples: Sequence[tuple[Tensor | None, int, Path]]) -> tuple[Tensor, Tensor, list[Path]]:
+    whole = [(image, label) for image, label, _ in samples if image is not None]
+    images = torch.stack([image for image, _ in whole]) if whole else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    labels = torch.tensor([label for _, label in whole], dtype=torch.int64)
+    return images, labels, [path for image, _, path in samples if image is None]

@@ -1,0 +1,147 @@
+"""Several processes, started by torchrun: groups, devices, synchronised batch norm, sums over processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run.
+
+    Args:
+        rank: number of this one, from 0.
+        local_rank: its number on this machine.
+        world: how many there are.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process logs and writes files."""
+        return self.rank == 0
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there are several."""
+        return self.world > 1
+
+
+def launched() -> Processes:
+    """What torchrun's environment says; one process without it."""
+    numbers = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
+    return Processes(*numbers)
+
+
+_TORCHRUN = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def process_group(processes: Processes, device: torch.device, timeout_s: float) -> Iterator[None]:
+    """The process group of a run: NCCL on CUDA, gloo on a CPU; nothing for one process.
+
+    Args:
+        timeout_s: seconds after which waiting for another process ends in an error.
+    """
+    if not processes.is_distributed:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, processes: Processes, device: torch.device) -> nn.Module:
+    """The model as the loop trains it: inside ``DistributedDataParallel`` where there are several processes."""
+    if not processes.is_distributed:
+        return model
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Replace batch norm by one over the images of all processes: PyTorch's on CUDA, ``SyncBatchNorm`` on a CPU."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            module.__class__ = SyncBatchNorm  # the same parameters and buffers, another forward
+    return model
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the images of all processes for tensors on a CPU, where PyTorch's own does not run.
+
+    Equation: (x − mean) / sqrt(var + eps) · weight + bias, with mean and biased variance over all processes' images;
+    the running variance is unbiased. The gradient goes through both, summed over processes.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        assert input.dim() >= 2
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise; shape of the input (N, C, …)."""
+        if not self.training or not dist.is_initialized():
+            return super().forward(input)
+        axes = [axis for axis in range(input.dim()) if axis != 1]
+        count = input.new_tensor([input.numel() / input.shape[1]])
+        sums = all_reduce(torch.cat([input.sum(axes), count]))
+        total, mean = sums[-1], sums[:-1] / sums[-1]
+        shape = [1, -1, *[1] * (input.dim() - 2)]
+        centered = input - mean.view(shape)
+        variance = all_reduce(centered.square().sum(axes)) / total
+        self._update_running(mean.detach(), variance.detach() * total / (total - 1))
+        scale = torch.rsqrt(variance + self.eps)
+        y = centered * scale.view(shape)
+        return y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y
+
+    def _update_running(self, mean: Tensor, variance: Tensor) -> None:
+        if not self.track_running_stats:
+            return
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.num_batches_tracked.add_(1)
+        factor = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.item()
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), factor)
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes; the tensor itself for one."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every process's value, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def wait_for_all() -> None:
+    """Return when every process is here."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as vision
+
+from apot_fat.data import FileBatches, FileSet, Sharding, load_dataset
+
+CPU = torch.device("cpu")
+GREY, UNIT = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> FileSet:
+    for i in range(9):
+        folder = tmp_path / f"class{i % 3}"
+        folder.mkdir(exist_ok=True)
+        pixels = torch.randint(0, 256, (40 + i, 50, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    dataset = load_dataset(str(tmp_path), test_source=str(tmp_path), stream=True)
+    assert isinstance(dataset.train, FileSet)
+    return dataset.train
+
+
+def epoch(files: FileSet, number: int = 0, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    settings = {"workers": 0, "image_size": 24, **options}
+    batches = FileBatches(files, 4, CPU, GREY, UNIT, **settings)  # type: ignore[arg-type]
+    batches.set_epoch(number)
+    parts = list(batches)
+    assert len(parts) == batches.num_batches
+    return torch.cat([part.x for part in parts]), torch.cat([part.labels for part in parts])
+
+
+def test_evaluation_resizes_and_crops_the_centre(files: FileSet) -> None:
+    x, labels = epoch(files)
+    assert x.shape == (9, 3, 24, 24)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    with Image.open(files.path(4)) as image:
+        expected = vision.center_crop(vision.resize(image, [27]), [24])
+    torch.testing.assert_close(x[4], vision.pil_to_tensor(expected) / 255)
+
+
+@pytest.mark.parametrize("crop", ["resize-crop", "random-resized-crop"])
+def test_an_epoch_depends_on_seed_and_epoch_alone(files: FileSet, crop: str) -> None:
+    options = {"training": True, "crop": crop}
+    first, labels = epoch(files, 3, **options)
+    before = torch.get_rng_state()
+    again, _ = epoch(files, 3, workers=2, **options)
+    assert torch.equal(first, again)  # whichever worker decodes an image
+    assert torch.equal(before, torch.get_rng_state())
+    assert sorted(labels.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert not torch.equal(first, epoch(files, 4, **options)[0])
+    assert not torch.equal(first, epoch(files, 3, seed=1, **options)[0])
+
+
+def test_processes_share_the_images(files: FileSet) -> None:
+    parts = [epoch(files, 1, training=True, sharding=Sharding(rank, 2)) for rank in range(2)]
+    assert len(parts[0][1]) + len(parts[1][1]) == 8  # of 9: the last batch has fewer images than processes
+    whole = [epoch(files, sharding=Sharding(rank, 2))[1] for rank in range(2)]
+    assert sorted(torch.cat(whole).tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_damaged_image_is_named_or_left_out(files: FileSet, caplog: pytest.LogCaptureFixture) -> None:
+    broken = files.path(4)
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"{broken.name}: not a readable image; mend it, or .*--on-damaged skip"):
+        epoch(files)
+    with caplog.at_level(logging.WARNING, logger="apot_fat"):
+        x, labels = epoch(files, on_damaged="skip")
+    assert len(x) == len(labels) == 8
+    assert f"{broken}: not a readable image, left out (1 so far)" in caplog.text
+    for index in range(4):
+        files.path(index).write_bytes(b"")
+    with pytest.raises(ValueError, match="a whole batch of unreadable images"):
+        epoch(files, on_damaged="skip")

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from apot_fat.checkpoint import read_checkpoint
+from apot_fat.data import ImageBatches, ImageSet, Sharding
+from apot_fat.training import train_epoch
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("distributed_worker.py")
+SINGLE = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+
+
+def torchrun(processes: int, *command: object) -> list[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*launch, *map(str, command)]
+
+
+def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**SINGLE, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.mark.parametrize("preset", ["apot-cifar"])
+def test_two_and_four_processes_equal_one(tmp_path: Path, preset: str) -> None:
+    outcomes = []
+    for processes in (1, 2, 4):
+        path = tmp_path / f"{processes}.json"
+        command = [sys.executable, str(WORKER)] if processes == 1 else torchrun(processes, WORKER)
+        done = run([*command, str(path), preset], ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        outcomes.append(json.loads(path.read_text()))
+    losses, correct, total = outcomes[0]
+    assert total == 37
+    for other, other_correct, other_total in outcomes[1:]:
+        # a sum in another order can move a value across a threshold, and a quantizer turns that into a jump
+        assert other == pytest.approx(losses, rel=1e-4)
+        assert (other_correct, other_total) == (correct, 37)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("count", [1, 10, 37, 40])
+def test_every_image_is_seen_once(count: int, processes: int) -> None:
+    images = ImageSet(torch.zeros(count, 4, 4, 3, dtype=torch.uint8), torch.arange(count))
+
+    def labels(training: bool, batch_size: int) -> list[int]:
+        seen = []
+        for rank in range(processes):
+            batches = ImageBatches(
+                images,
+                batch_size,
+                torch.device("cpu"),
+                (0,) * 3,
+                (1,) * 3,
+                training=training,
+                sharding=Sharding(rank, processes),
+            )
+            parts = list(batches)
+            assert len(parts) == batches.num_batches
+            seen += [label for batch in parts for label in batch.labels.tolist()]
+        return sorted(seen)
+
+    assert labels(training=False, batch_size=5) == list(range(count))
+    whole = 4 * processes  # a last batch with fewer images than processes is left out
+    kept = count if count % whole >= processes or count % whole == 0 else count - count % whole
+    seen = labels(training=True, batch_size=whole)
+    assert len(seen) == len(set(seen)) == kept
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
+    images = ImageSet(torch.randint(0, 256, (10, 4, 4, 3), dtype=torch.uint8), torch.arange(10) % 3)
+
+    def trained(accumulate: int) -> nn.Module:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).double()
+        model.insert(0, _ToDouble())
+        batches = ImageBatches(
+            images,
+            8,
+            torch.device("cpu"),
+            (0.5,) * 3,
+            (0.2,) * 3,
+            training=True,
+            channels_last=False,
+            sharding=Sharding(accumulate=accumulate),
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        train_epoch(model, batches, optimizer, schedule, scaler)
+        return model
+
+    once, twice = trained(1), trained(2)
+    for a, b in zip(once.parameters(), twice.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class _ToDouble(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double()
+
+
+def test_sync_batch_norm_alone_equals_batch_norm() -> None:
+    from apot_fat.training.distributed import synchronize_batch_norm
+
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    names = list(plain.state_dict())
+    synchronized = synchronize_batch_norm(plain, torch.device("cpu"))
+    assert list(synchronized.state_dict()) == names
+    x = torch.randn(5, 3, 4, 4)
+    expected = F.batch_norm(plain[0](x), None, None, torch.ones(4), torch.zeros(4), training=True)
+    torch.testing.assert_close(synchronized(x), expected)
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size 10: does not divide among 2 processes × 3 accumulation steps"):
+        Sharding(world=2, accumulate=3).check(10)
+
+
+def command_line(output: Path, **options: Any) -> list[object]:
+    settings = {"bit": 4, "epochs": 2, "batch_size": 64, "crop_padding": 1, "output": output, **options}
+    flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    return [ROOT / "scripts/train.py", "--data", "digits", "--arch", "resnet20", *flags]
+
+
+def test_torchrun_trains_and_writes_once(tmp_path: Path) -> None:
+    done = run(torchrun(2, *command_line(tmp_path / "out", epochs=1)), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("best acc:") == 1
+    assert "2 processes, 64 images a step" in done.stdout
+    content = read_checkpoint(tmp_path / "out/resnet20_4bit/checkpoint.pth.tar")
+    assert len(content["rng"]) == 2
+    assert not any(name.startswith("module.") for name in content["state_dict"])
+
+
+def test_the_run_ends_when_a_process_is_killed(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        torchrun(2, *command_line(tmp_path / "out", epochs=500)),
+        cwd=tmp_path,
+        env={**SINGLE, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as launched:
+        try:
+            assert launched.stdout is not None
+            next(line for line in launched.stdout if line.startswith("best acc"))
+            children = subprocess.run(["pgrep", "-P", str(launched.pid)], capture_output=True, text=True, check=True)
+            start = time.monotonic()
+            os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+            assert launched.wait(timeout=60) != 0
+            assert time.monotonic() - start < 60
+        finally:
+            if launched.poll() is None:
+                os.killpg(launched.pid, signal.SIGKILL)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from apot_fat.data import Dataset, ImageSet
+from apot_fat.models import create_model, find_architecture
+from apot_fat.training import read_recipe, train_epoch
+from apot_fat.training.optim import make_optimizer, make_schedule
+from apot_fat.training.recipe import CONFIG_ROOT
+from apot_fat.training.run import make_batches
+
+SIZES = {"digits": 8, "cifar10": 32, "imagenet": 224}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_ROOT.glob("*/*.toml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_recipe_trains_two_steps(path: Path) -> None:
+    recipe = read_recipe(path)
+    config = recipe.config(recipe.chain[-1], {"batch_size": 2})
+    size, classes = SIZES[config.data], 1000 if config.data == "imagenet" else 10
+    images = ImageSet(torch.randint(0, 256, (4, size, size, 3), dtype=torch.uint8), torch.tensor([0, 1, 2, 3]))
+    model = create_model(config.arch, config.preset, config.bit, classes)
+    dataset = Dataset("synthetic", ("x",) * classes, images, images)
+    assert isinstance(dataset.train, ImageSet)
+    batches = make_batches(config, dataset.train, torch.device("cpu"), training=True)
+    optimizer = make_optimizer(model, config)
+    schedule = make_schedule(optimizer, config, len(batches))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    result = train_epoch(
+        model, batches, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False),
+        label_smoothing=config.label_smoothing,
+    )  # fmt: skip
+    assert result.total == 4
+    assert torch.tensor(result.loss).isfinite()
+    # at the published initial thresholds an untrained MobileNetV2 has only zero weights: its last layer learns alone
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_every_row_of_the_papers_has_a_recipe() -> None:
+    names = {f"{path.parent.name}/{path.stem}" for path in CONFIG_ROOT.glob("*/*.toml")}
+    rows = {f"cifar10/{net}_{method}" for net in ("resnet20", "resnet56") for method in ("apot", "fat", "fat-log")}
+    rows |= {"cifar10/vggsmall_fat", "cifar10/vggsmall_fat-log"}
+    rows |= {f"imagenet/resnet{d}_{m}" for d in (18, 34) for m in ("apot", "fat", "fat-log")}
+    rows |= {"imagenet/resnet18_apot-uniform", "imagenet/resnet50_apot", "imagenet/mobilenetv2_fat"}
+    assert rows <= names
+    for name in rows:
+        recipe = read_recipe(CONFIG_ROOT / f"{name}.toml")
+        if name.startswith("imagenet"):
+            assert recipe.config(recipe.chain[0]).init == "torchvision"
+            assert not recipe.config(4).threshold_groups
+        assert find_architecture(recipe.config(4).arch).dataset == name.split("/")[0]
