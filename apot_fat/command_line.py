@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -91,13 +92,16 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
     handler = _TqdmHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("apot_fat").addHandler(handler)
-    is_first = launched().is_first
+    processes = launched()
+    is_first = processes.is_first
     logging.getLogger("apot_fat").setLevel(logging.INFO if is_first else logging.ERROR)
     try:
         main(argv)
     except ValueError as error:
-        if is_first:
-            print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
+        if not is_first:
+            time.sleep(3)  # torchrun ends this process meanwhile if the first met, and said, the same
+        where = f" in process {processes.rank}" if not is_first else ""
+        print(f"{Path(sys.argv[0]).name}: error{where}: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

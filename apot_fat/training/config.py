@@ -82,7 +82,7 @@ class TrainConfig:
     label_smoothing: float = _option(0.0, "of the cross entropy", low=0, high=0.999)
 
     init: str | None = _option(
-        None, "checkpoint to start from, of any bit-width, or `torchvision` for its fp32 weights", "--pretrained"
+        None, "checkpoint to start from, of any bit-width; `torchvision`: its fp32 weights; `none`", "--pretrained"
     )
     seed: int = _option(0, "of weights, order and augmentation", low=0, high=2**31)
     device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:N")

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -103,11 +102,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         axes = [axis for axis in range(input.dim()) if axis != 1]
         count = input.new_tensor([input.numel() / input.shape[1]])
-        sums = all_reduce(torch.cat([input.sum(axes), count]))
+        sums = _AllReduce.apply(torch.cat([input.sum(axes), count]))
         total, mean = sums[-1], sums[:-1] / sums[-1]
         shape = [1, -1, *[1] * (input.dim() - 2)]
         centered = input - mean.view(shape)
-        variance = all_reduce(centered.square().sum(axes)) / total
+        variance = _AllReduce.apply(centered.square().sum(axes)) / total
         self._update_running(mean.detach(), variance.detach() * total / (total - 1))
         scale = torch.rsqrt(variance + self.eps)
         y = centered * scale.view(shape)
@@ -123,6 +122,18 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         factor = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.item()
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
         self.running_var.lerp_(variance.to(self.running_var.dtype), factor)
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over processes; each process's loss depends on every summand, so the gradient is summed as well."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return sum_over_processes(values.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return sum_over_processes(grad.contiguous().clone())
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

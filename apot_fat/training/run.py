@@ -110,7 +110,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
     assert dataset.train is not None
     seed_everything(config.seed)
     model = create_model(config.arch, config.preset, config.bit, len(dataset.classes))
-    if state is None and config.init is not None:
+    if state is None:
         load_initial_weights(model, config)
     if config.sync_bn and processes.is_distributed:
         model = synchronize_batch_norm(model, device)
@@ -291,9 +291,10 @@ def make_batches(
 
 
 def load_initial_weights(model: nn.Module, config: TrainConfig) -> None:
-    """Start from ``config.init``: a checkpoint of any bit-width, or torchvision's fp32 weights."""
-    assert config.init is not None
-    source = torchvision_weights(config.arch) if config.init == TORCHVISION else config.init
+    """Start from ``config.init``: a checkpoint of any bit-width, torchvision's fp32 weights, or nothing."""
+    if config.init in (None, "none"):
+        return
+    source = torchvision_weights(config.arch) if config.init == TORCHVISION else str(config.init)
     load_weights(model, source, other_bits=True)
 
 
