@@ -51,12 +51,14 @@ _TORCHRUN = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 @contextmanager
 def process_group(processes: Processes, device: torch.device, timeout_s: float) -> Iterator[None]:
-    """The process group of a run: NCCL on CUDA, gloo on a CPU; nothing for one process.
+    """The process group of a run: NCCL on CUDA, gloo on a CPU; nothing for one process or inside another such block.
+
+    torchrun's rendezvous serves one group: a chain of runs opens it around all of them.
 
     Args:
         timeout_s: seconds after which waiting for another process ends in an error.
     """
-    if not processes.is_distributed:
+    if not processes.is_distributed or dist.is_initialized():
         yield
         return
     if device.type == "cuda":

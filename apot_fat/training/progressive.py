@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from apot_fat.training.device import choose_device
+from apot_fat.training.distributed import launched, process_group
 from apot_fat.training.recipe import Recipe
 from apot_fat.training.run import BEST, RunSummary, is_finished, load_config_dataset, summarize, train
 
@@ -37,12 +39,15 @@ def train_chain(recipe: Recipe, chain: tuple[int, ...], overrides: dict[str, Any
         init = str(Path(config.output) / config.run_name / BEST)
     done = [is_finished(config) for config in configs]
     dataset = None if all(done) else load_config_dataset(configs[0])
+    processes = launched()
+    device = choose_device(configs[0].device, configs[0].gpu, processes.local_rank)
     summaries = []
-    for config, finished in zip(configs, done, strict=True):
-        folder = Path(config.output) / config.run_name
-        if finished:
-            log.info("%s: finished before, skipped", folder)
-            summaries.append(summarize(folder))
-        else:
-            summaries.append(train(config, resume="auto", dataset=dataset))
+    with process_group(processes, device, configs[0].dist_timeout):
+        for config, finished in zip(configs, done, strict=True):
+            folder = Path(config.output) / config.run_name
+            if finished:
+                log.info("%s: finished before, skipped", folder)
+                summaries.append(summarize(folder))
+            else:
+                summaries.append(train(config, resume="auto", dataset=dataset))
     return summaries

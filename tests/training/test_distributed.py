@@ -135,11 +135,14 @@ def command_line(output: Path, **options: Any) -> list[object]:
     return [ROOT / "scripts/train.py", "--data", "digits", "--arch", "resnet20", *flags]
 
 
-def test_torchrun_trains_and_writes_once(tmp_path: Path) -> None:
-    done = run(torchrun(2, *command_line(tmp_path / "out", epochs=1)), tmp_path)
+def test_torchrun_trains_a_chain_and_writes_once(tmp_path: Path) -> None:
+    recipe = ROOT / "configs/digits/resnet20_apot.toml"
+    options = ["--bits", "32,4", "--epochs", "1", "--output", tmp_path / "out"]
+    done = run(torchrun(2, ROOT / "scripts/progressive.py", "--config", recipe, *options), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("best acc:") == 1
-    assert "2 processes, 64 images a step" in done.stdout
+    assert done.stdout.count("best acc:") == 2
+    assert done.stdout.count("2 processes, 64 images a step") == 2
+    assert done.stdout.count("figure:") == 1
     content = read_checkpoint(tmp_path / "out/resnet20_4bit/checkpoint.pth.tar")
     assert len(content["rng"]) == 2
     assert not any(name.startswith("module.") for name in content["state_dict"])
