@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from apot_fat.checkpoint import fetch_released, load_weights, read_checkpoint
+import torch
+
+from apot_fat.checkpoint import fetch_released, load_weights, num_outputs, read_checkpoint
 from apot_fat.command_line import Request, log
 from apot_fat.models import create_model, find_architecture
 from apot_fat.quant.layers import show_params
@@ -63,9 +65,12 @@ def evaluate_request(request: Request) -> Result:
         config = TrainConfig.from_dict(published, "command line")
     device = choose_device(config.device, config.gpu)
     dataset = load_config_dataset(config, need_train=False)
-    model = create_model(config.arch, config.preset, config.bit, len(dataset.classes))
-    load_weights(model, path)
-    model.to(device)
+    classes = num_outputs(content, f"checkpoint {path}")
+    if int(dataset.test.labels_N.max()) >= classes:
+        raise ValueError(f"checkpoint {path}: has {classes} outputs, {dataset.name} has {len(dataset.classes)} classes")
+    model = load_weights(create_model(config.arch, config.preset, config.bit, classes), path).to(device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
     result = evaluate(
         model, make_batches(config, dataset.test, device), amp=config.amp, log=log.info, print_freq=config.print_freq
     )

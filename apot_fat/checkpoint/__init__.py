@@ -2,7 +2,7 @@
 
 from apot_fat.checkpoint.files import atomic_write, read_checkpoint, write_checkpoint
 from apot_fat.checkpoint.released import TORCHVISION, Released, fetch_released, read_manifest, torchvision_weights
-from apot_fat.checkpoint.weights import best_accuracy, checkpoint_thresholds, load_weights, state_dict_of
+from apot_fat.checkpoint.weights import best_accuracy, checkpoint_thresholds, load_weights, num_outputs, state_dict_of
 
 __all__ = [
     "TORCHVISION",
@@ -12,6 +12,7 @@ __all__ = [
     "checkpoint_thresholds",
     "fetch_released",
     "load_weights",
+    "num_outputs",
     "read_checkpoint",
     "read_manifest",
     "state_dict_of",

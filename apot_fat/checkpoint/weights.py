@@ -114,6 +114,18 @@ def checkpoint_thresholds(
     return {layer: (alphas.get("weight_alpha"), alphas.get("act_alpha")) for layer, alphas in found.items()}
 
 
+def num_outputs(content: Mapping[str, Any], label: str = "checkpoint") -> int:
+    """Outputs of the network in a checkpoint's content: the length of its last bias.
+
+    Raises:
+        ValueError: it holds no state dict, or no bias.
+    """
+    biases = [t for name, t in state_dict_of(content, label).items() if name.endswith(".bias") and t.dim() == 1]
+    if not biases:
+        raise ValueError(f"{label} holds no bias of a last layer: it is no network of this package")
+    return biases[-1].shape[0]
+
+
 def best_accuracy(content: Mapping[str, Any]) -> float | None:
     """The best top-1 accuracy (%) a checkpoint's content records, or None."""
     for key in BEST_KEYS:

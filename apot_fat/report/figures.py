@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from apot_fat.checkpoint import atomic_write, load_weights, read_checkpoint
+from apot_fat.checkpoint import atomic_write, load_weights, num_outputs, read_checkpoint
 from apot_fat.models import create_model
 from apot_fat.quant.layers import quant_layers
 from apot_fat.training.run import BEST, LAST, RunSummary, run_config
@@ -117,8 +117,7 @@ def _draw_weights(axes: Any, runs: Sequence[RunSummary]) -> None:
     run = max(apot, key=lambda run: run.bits)
     content = read_checkpoint(run.folder / BEST)
     config = run_config(content, run.folder / BEST)
-    classes = list(content["state_dict"].values())[-1].shape[0]
-    model = load_weights(create_model(config.arch, config.preset, config.bit, classes), content)
+    model = load_weights(create_model(config.arch, config.preset, config.bit, num_outputs(content)), content)
     name, layer = list(quant_layers(model))[len(list(quant_layers(model))) // 2]
     assert layer.weight_alpha is not None
     with torch.no_grad():

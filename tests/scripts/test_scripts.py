@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,6 +121,8 @@ def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
     text.write_text("hello\n")
     full = tmp_path / "full.pth"
     write_checkpoint({"state_dict": create_model("res20", bits=32).state_dict()}, full)
+    many = tmp_path / "many.npz"
+    np.savez(many, images=np.zeros((2, 3, 8, 8), np.uint8), labels=np.array([0, 99]))
     unknown = tmp_path / "unknown.toml"
     unknown.write_text("learning = 1\n")
     cases: list[tuple[str, tuple[object, ...], str]] = [
@@ -143,6 +146,7 @@ def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
         ("evaluate.py", ("--init", text, "--bit", 4), "not a PyTorch checkpoint"),
         ("evaluate.py", ("--init", full), "does not record its bit-width; give --bit"),
         ("evaluate.py", ("--init", full, "--bit", 4, *data), "check the bits"),
+        ("evaluate.py", ("--init", full, "--bit", 32, "--data", many), "has 10 outputs"),
         ("progressive.py", ("--bits", "4,x"), "bits '4,x': expected bit-widths"),
         ("progressive.py", ("--bits", "4,9"), "bits 9: choose an integer"),
         ("show_params.py", (text,), "not a PyTorch checkpoint"),
