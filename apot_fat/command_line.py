@@ -52,8 +52,9 @@ def make_parser(description: str) -> OneLineParser:
     parser.add_argument("--config", metavar="FILE.toml", help="recipe; options given beside it come over it")
     group = parser.add_argument_group("run (each is a TOML key of the same name)")
     for option in fields(TrainConfig):
-        dashed = f"--{option.name.replace('_', '-')}"
-        names = list(dict.fromkeys([*option.metadata["flags"], dashed, f"--{option.name}"]))
+        dashed, underscored = f"--{option.name.replace('_', '-')}", f"--{option.name}"
+        short = [flag for flag in option.metadata["flags"] if not flag.startswith("--")]
+        others = {underscored, *option.metadata["flags"]} - {dashed, *short}  # accepted, but not listed
         element, many, _ = field_type(option)
         settings: dict[str, Any] = {"dest": f"config.{option.name}", "default": argparse.SUPPRESS}
         help_text = f"{option.metadata['help']} (default: {_shown(option.default)})".replace("%", "%%")
@@ -63,7 +64,9 @@ def make_parser(description: str) -> OneLineParser:
             settings["action"] = argparse.BooleanOptionalAction
         else:
             settings |= {"type": _many(element) if many else _one(element), "metavar": _METAVARS[element]}
-        group.add_argument(*names, help=help_text, **settings)
+        group.add_argument(*short, dashed, help=help_text, **settings)
+        if others:
+            group.add_argument(*sorted(others), help=argparse.SUPPRESS, **settings)
     return parser
 
 
