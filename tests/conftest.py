@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from apot_fat.quant.kernels import set_kernels
+
+set_kernels("eager")  # a compilation takes seconds: the tests of compiled kernels ask for them
 torch.set_num_threads(1)  # the suite runs on as many processes as cores
 
 

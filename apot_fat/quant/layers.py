@@ -8,9 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from apot_fat.quant.fake_quant import ALPHA_FLOOR, eight_bit_weight, positive, quantize_activation, quantize_weight
 from apot_fat.quant.frequency import frequency_transform
+from apot_fat.quant.product import ActSettings, ConvSettings, quantized_product
 from apot_fat.quant.spec import FLOAT_BITS, QuantSpec, check_bits, preset
 
 
@@ -47,7 +48,46 @@ def normalize_weight(w: Tensor, spec: QuantSpec) -> Tensor:
     return centered / torch.where(std == 0, 1, std)
 
 
-class _QuantLayer(nn.Module):
+class _KeepsWeight(nn.Module):
+    """A layer that computes its quantized weight once in evaluation and keeps it while what it is made of stays.
+
+    Kept only in evaluation mode and where no gradient can flow; given up on ``train()``, ``eval()``, ``to()`` and on
+    any change that a tensor's version counter shows (optimizer steps, ``load_state_dict``, in-place writes). A write
+    through ``.data`` shows nowhere: call ``eval()`` after it. Neither saved nor copied.
+    """
+
+    _kept: tuple[Tensor, tuple[Tensor, ...], tuple[object, ...]] | None = None
+
+    def _keep_weight(self, sources: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
+        needs_gradient = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+        if self.training or needs_gradient or torch.compiler.is_compiling() or not all(map(_is_plain, sources)):
+            return compute()
+        state = tuple(part for s in sources for part in (id(s), s._version, s.data_ptr(), s.dtype))
+        if self._kept is None or self._kept[2] != state:
+            with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used with gradients
+                # the sources are held so that no new tensor can take their place in memory
+                self._kept = compute(), tuple(part for s in sources for part in (s, s.detach())), state
+        return self._kept[0]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a kept weight is given up."""
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._kept = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    # inference tensors have no version counter; subclasses stand for tensors that are elsewhere or nowhere
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
+
+
+class _QuantLayer(_KeepsWeight):
     """What ``QuantConv2d`` and ``QuantLinear`` share: thresholds, transform and the two quantized operands."""
 
     weight: Tensor
@@ -73,6 +113,10 @@ class _QuantLayer(nn.Module):
         self._keep_parameter("act_alpha", spec.act_bits != FLOAT_BITS, (), spec.act_alpha)
         self._keep_parameter("transform", quantizes_weight and spec.transform, (channels, channels), 1 / channels)
         self._spec = spec
+        # found here, not in forward: torch.compile traces no cached function
+        self._weight_set = spec.weight_set if quantizes_weight else None
+        self._act_set = spec.act_set if spec.act_bits != FLOAT_BITS else None
+        self._kept = None
 
     def _keep_parameter(self, name: str, wanted: bool, shape: tuple[int, ...], value: float) -> None:
         if not wanted:
@@ -93,28 +137,44 @@ class _QuantLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight the layer computes with: α times a level; at 32 bits the weight itself. Shape of ``weight``."""
-        if self.weight_alpha is None:
+        if self.weight_alpha is None or self._weight_set is None:
             return self.weight
-        return quantize_weight(
-            self.transformed_weight(),
-            self.weight_alpha,
-            self.spec.weight_set,
-            clip_gradient=self.spec.clips_weight_gradient,
-            grad_scale=self.spec.grad_scale or 1.0,
+        alpha, levels = self.weight_alpha, self._weight_set
+        sources = (self.weight, alpha) if self.transform is None else (self.weight, alpha, self.transform)
+        return self._keep_weight(
+            sources,
+            lambda: quantize_weight(
+                self.transformed_weight(),
+                alpha,
+                levels,
+                clip_gradient=self.spec.clips_weight_gradient,
+                grad_scale=self.spec.grad_scale or 1.0,
+            ),
         )
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input the layer computes with: α times a level; at 32 bits the input itself. Shape of ``x``."""
-        if self.act_alpha is None:
+        if self.act_alpha is None or self._act_set is None:
             return x
+        spec = self.spec
         return quantize_activation(
             x,
             self.act_alpha,
-            self.spec.act_set,
-            clip=self.spec.act_clip,
-            alpha_gradient=self.spec.act_alpha_gradient,
-            grad_scale=self.spec.grad_scale or 1.0,
+            self._act_set,
+            clip=spec.act_clip,
+            alpha_gradient=spec.act_alpha_gradient,
+            grad_scale=spec.grad_scale or 1.0,
         )
+
+    def _remembering_product(self, x: Tensor, bias: Tensor | None, conv: ConvSettings | None) -> Tensor | None:
+        # None where the plain composition does as well: no gradient, a float input, or a compiler that decides itself
+        if self.act_alpha is None or self._act_set is None:
+            return None
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        spec = self.spec
+        act = ActSettings(self._act_set, spec.act_clip, spec.act_alpha_gradient, spec.grad_scale or 1.0)
+        return quantized_product(x, self.act_alpha, self.quantized_weight(), bias, act, conv)
 
     def mask_range(self) -> tuple[float, float] | None:
         """Largest and smallest value of FAT's mask, range (0, 1); None without a transform."""
@@ -189,7 +249,11 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = conv(x_q, w_q) + bias."""
-        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+        y = None
+        if x.dim() == 4 and self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            conv = ConvSettings(self.stride, self.padding, self.dilation, self.groups)
+            y = self._remembering_product(x, self.bias, conv)
+        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias) if y is None else y
 
     def extra_repr(self) -> str:
         """The convolution's description and the quantizers'."""
@@ -223,31 +287,32 @@ class QuantLinear(_QuantLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x_q w_qᵀ + bias."""
-        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+        y = self._remembering_product(x, self.bias, None)
+        return y if y is not None else F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
 
     def extra_repr(self) -> str:
         """The linear layer's description and the quantizers'."""
         return f"{super().extra_repr()}, {self._describe()}"
 
 
-class EightBitConv2d(nn.Conv2d):
+class EightBitConv2d(_KeepsWeight, nn.Conv2d):
     """The published first convolution: 8-bit weight, float input (``eight_bit_weight``); arguments of ``nn.Conv2d``."""
 
     def quantized_weight(self) -> Tensor:
         """The weight the layer computes with."""
-        return eight_bit_weight(self.weight)
+        return self._keep_weight((self.weight,), lambda: eight_bit_weight(self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """y = conv(x, w_q) + bias."""
         return self._conv_forward(x, self.quantized_weight(), self.bias)
 
 
-class EightBitLinear(nn.Linear):
+class EightBitLinear(_KeepsWeight, nn.Linear):
     """The published last layer: 8-bit weight, float input (``eight_bit_weight``); arguments of ``nn.Linear``."""
 
     def quantized_weight(self) -> Tensor:
         """The weight the layer computes with."""
-        return eight_bit_weight(self.weight)
+        return self._keep_weight((self.weight,), lambda: eight_bit_weight(self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x w_qᵀ + bias."""

@@ -6,7 +6,7 @@ Shape suffixes: ``_L`` one entry a level, ``_T`` one entry a decision threshold,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise, product
 from math import gcd
@@ -29,6 +29,8 @@ class LevelSet:
         numerators: rising integers, the first 0, the last ``denominator``; dimensionless.
         denominator: positive integer d.
 
+    ``levels`` are the n / d as correctly rounded Python floats, shape (L,); ``thresholds`` the t_i, shape (L − 1,).
+
     Raises:
         ValueError: numerators that do not rise strictly from 0 to the denominator.
 
@@ -41,6 +43,9 @@ class LevelSet:
 
     numerators: tuple[int, ...]
     denominator: int
+    # derived here and not when first asked for: torch.compile traces through code that reads them
+    levels: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    thresholds: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         n = self.numerators
@@ -48,6 +53,8 @@ class LevelSet:
             raise ValueError(
                 f"numerators {n} over {self.denominator}: they must rise strictly from 0 to the denominator"
             )
+        object.__setattr__(self, "levels", tuple(a / self.denominator for a in n))
+        object.__setattr__(self, "thresholds", tuple((a + b) / (2 * self.denominator) for a, b in pairwise(n)))
 
     def __len__(self) -> int:
         return len(self.numerators)
@@ -63,19 +70,14 @@ class LevelSet:
         return len(self) == self.denominator + 1
 
     @property
+    def is_pot(self) -> bool:
+        """Whether each level above 0 is twice the one before: rounding to one significant bit projects onto them."""
+        return all(b == 2 * a for a, b in pairwise(self.numerators[1:]))
+
+    @property
     def has_table(self) -> bool:
         """Whether the denominator is small enough for the exact look-up table."""
         return self.denominator <= _MAX_TABLE_DENOMINATOR
-
-    @cached_property
-    def levels(self) -> tuple[float, ...]:
-        """The levels as Python floats (correctly rounded quotients), rising, shape (L,)."""
-        return tuple(n / self.denominator for n in self.numerators)
-
-    @cached_property
-    def thresholds(self) -> tuple[float, ...]:
-        """Decision thresholds, the midpoints of neighbouring levels, shape (L − 1,), range (0, 1)."""
-        return tuple((a + b) / (2 * self.denominator) for a, b in pairwise(self.numerators))
 
     @cached_property
     def cell_codes(self) -> tuple[int, ...]:

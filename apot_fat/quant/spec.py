@@ -16,6 +16,7 @@ WeightNorm = Literal["standardize", "center", "none"]
 WeightGradient = Literal["calibrated", "clipped"]
 ActClip = Literal["above", "both"]
 ActAlphaGradient = Literal["full", "clipped-only"]
+KernelChoice = Literal["auto", "compiled", "eager"]
 
 
 @dataclass(frozen=True)
