@@ -2,6 +2,7 @@
 
 from apot_fat.quant.fake_quant import ALPHA_FLOOR, eight_bit_weight, project, quantize_activation, quantize_weight
 from apot_fat.quant.frequency import frequency_transform, weight_deactivate_freq
+from apot_fat.quant.kernels import get_kernels, set_kernels
 from apot_fat.quant.layers import (
     EightBitConv2d,
     EightBitLinear,
@@ -41,6 +42,7 @@ __all__ = [
     "clipping_table",
     "eight_bit_weight",
     "frequency_transform",
+    "get_kernels",
     "keep_thresholds_positive",
     "level_set",
     "normalize_weight",
@@ -51,6 +53,7 @@ __all__ = [
     "quantize_activation",
     "quantize_weight",
     "set_bits",
+    "set_kernels",
     "show_params",
     "uniform_levels",
     "weight_deactivate_freq",

@@ -114,7 +114,9 @@ def _compiled(function: Callable[..., Any], settings: tuple[Any, ...], key: tupl
     # Dynamo limits recompilations by code object, and all kernels would share this one
     code = kernel.__code__.replace(co_name=function.__name__)
     own = types.FunctionType(code, kernel.__globals__, function.__name__, None, kernel.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=True)
+    # what is asserted is so by construction, and takes a third of the call of a small kernel
+    options: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
+    return torch.compile(own, fullgraph=True, dynamic=True, options=options)
 
 
 def _storage_order(x: Tensor) -> list[int]:
