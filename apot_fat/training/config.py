@@ -17,6 +17,7 @@ AUGMENTS = ("auto", *CROPS)
 LR_UNITS = ("epochs", "steps")
 SCHEDULES = ("step", "cosine", "onecycle")
 AMP_TYPES = ("off", "bf16", "fp16")
+COMPILE_MODES = ("auto", "off", "quantizers", "model")
 
 
 def _option(
@@ -88,6 +89,7 @@ class TrainConfig:
     device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:N")
     gpu: str | None = _option(None, "CUDA device numbers, as published: 0 or 0,1", "-id")
     amp: str = _option("off", "mixed precision", choices=AMP_TYPES)
+    compile: str = _option("auto", "what is compiled; auto: quantizers of large tensors", choices=COMPILE_MODES)
     channels_last: bool = _option(True, "memory format of images and weights")
     sync_bn: bool = _option(False, "batch norm over the images of all processes")
     dist_timeout: float = _option(120.0, "seconds to wait for another process before giving up", above=0)

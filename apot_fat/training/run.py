@@ -36,6 +36,7 @@ from apot_fat.data import (
 )
 from apot_fat.models import create_model
 from apot_fat.quant.layers import clipping_table, keep_thresholds_positive, quant_layers
+from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device
 from apot_fat.training.distributed import (
@@ -52,7 +53,7 @@ from apot_fat.training.optim import make_optimizer, make_schedule
 
 LAST, BEST, METRICS, CONFIG = "checkpoint.pth.tar", "model_best.pth.tar", "metrics.jsonl", "config.toml"
 _FREE_TO_CHANGE = {"output", "device", "gpu", "print_freq", "histogram_every", "test_batch_size", "data_root"}
-_FREE_TO_CHANGE |= {"epochs", "workers", "dist_timeout", "on_damaged"}
+_FREE_TO_CHANGE |= {"epochs", "workers", "dist_timeout", "on_damaged", "compile"}
 
 log = logging.getLogger("apot_fat")
 
@@ -117,6 +118,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
+    network = compile_network(model, config.compile, device)
 
     train_batches = make_batches(config, dataset.train, device, sharding, training=True)
     test_batches = make_batches(config, dataset.test, device, sharding)
@@ -137,7 +139,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
         )
         if processes.is_distributed:
             log.info("%d processes, %d images a step", processes.world, config.batch_size)
-        trained_model = wrap(model, processes, device)
+        trained_model = wrap(network, processes, device)
         say = log.info if processes.is_first else None
         for epoch in range(len(history), config.epochs):
             train_batches.set_epoch(epoch)
@@ -155,8 +157,8 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
             )
             if raised := keep_thresholds_positive(model):
                 log.warning("epoch %d: %d clipping thresholds reached zero and were set to their floor", epoch, raised)
-            tested = evaluate(model, test_batches, amp=config.amp, log=say, print_freq=config.print_freq)
-            held_out = None if val_batches is None else evaluate(model, val_batches, amp=config.amp)
+            tested = evaluate(network, test_batches, amp=config.amp, log=say, print_freq=config.print_freq)
+            held_out = None if val_batches is None else evaluate(network, val_batches, amp=config.amp)
             log.info(" * Prec %.3f%%", tested.top1)
             history.append(_metrics(epoch, optimizer, model, trained, tested, held_out))
             records.save(trackers, history)

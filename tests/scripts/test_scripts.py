@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import re
 import runpy
@@ -162,7 +163,19 @@ def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
         assert not list(Path.cwd().iterdir()), (script, argv)
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "progressive.py", "show_params.py"])
+def test_benchmark_prints_a_table_and_writes_json(run: Run) -> None:
+    code, out, err = run("benchmark.py", *"memory --batch-size 32 --compile off --threads 1 --json rows.json".split())
+    assert (code, err) == (0, "")
+    assert re.search(r"^what +MiB +/ fp32$", out, re.MULTILINE)
+    rows = json.loads(Path("rows.json").read_text())
+    assert [row["what"] for row in rows] == ["fp32", "apot-cifar", "fat-cifar"]
+    assert max(row["/ fp32"] for row in rows) < 1.35
+    code, _, err = run("benchmark.py", "step", "--seconds", 0)
+    assert code == 2
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["benchmark.py", "train.py", "evaluate.py", "progressive.py", "show_params.py"])
 def test_help(run: Run, script: str) -> None:
     code, out, _ = run(script, "--help")
     assert code == 0
