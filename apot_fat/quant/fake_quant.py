@@ -46,7 +46,9 @@ def project(u: Tensor, levels: LevelSet) -> Tensor:
     """
     if levels.is_uniform:
         return (u * levels.denominator).round() / levels.denominator
-    if torch.compiler.is_compiling():
+    if levels.is_pot and u.dtype == torch.float32 and levels.denominator <= _MAX_EXACT_POT_DENOMINATOR:
+        q = _round_to_power_of_two(u, levels.levels[1])
+    elif torch.compiler.is_compiling():
         q = _project_pointwise(u, levels)
     elif levels.has_table:
         cells = (u * (2 * levels.denominator)).to(torch.int32).clamp_(0, 2 * levels.denominator)
@@ -61,8 +63,6 @@ def project(u: Tensor, levels: LevelSet) -> Tensor:
 def _project_pointwise(u: Tensor, levels: LevelSet) -> Tensor:
     # for a compiler: arithmetic alone, no table. The decisions are those of the table: the same product is compared
     # with the same integers.
-    if levels.is_pot and u.dtype == torch.float32 and levels.denominator <= _MAX_EXACT_POT_DENOMINATOR:
-        return _round_to_power_of_two(u, levels.levels[1])
     if levels.has_table:
         cuts = tuple(a + b for a, b in pairwise(levels.numerators))
         return _search(u * (2 * levels.denominator), cuts, levels.levels, u.dtype)
