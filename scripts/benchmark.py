@@ -156,9 +156,9 @@ def input_batches(options: argparse.Namespace) -> list[Row]:
 
     def epoch(augmentation: Augmentation | None) -> Work:
         batches = ImageBatches(
-            images, options.batch_size, options.device, mean, std, augmentation=augmentation, shuffle=True
+            images, options.batch_size, options.device, mean, std, augmentation=augmentation, training=True
         )
-        return lambda: [x for x, _ in batches]
+        return lambda: [batch.x for batch in batches]
 
     works: dict[str, Work] = {
         "copy, 20 batches": lambda: [ready.to(options.device, copy=True) for _ in range(20)],

@@ -6,8 +6,11 @@ Shape suffixes: ``_OK`` (C_out, K) with K = C_in · k_h · k_w, ``_OF`` (C_out, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def frequency_transform(weight: Tensor, transform_OO: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,18 +29,47 @@ def frequency_transform(weight: Tensor, transform_OO: Tensor) -> tuple[Tensor, T
     Returns:
         W' in the shape of ``weight``, and the mask S on the half spectrum, shape (C_out, K // 2 + 1), range (0, 1).
 
-    Gradient: of the equation; that of |F| is 0 where F is 0.
+    Gradient, with G the DFT of the upstream gradient, c = 2 where a frequency stands for two and else 1:
+    ∂L/∂S = c / K · Re(F conj(G)); ∂L/∂T and ∂L/∂|F| from it through the sigmoid and the product;
+    ∂L/∂W = IDFT(S ⊙ G + K / c · ∂L/∂|F| ⊙ F / |F|), where F / |F| is 0 at 0. All on the half spectrum.
 
     Paper: FAT, the frequency-aware transformation.
     """
     w_OK = weight.reshape(weight.shape[0], -1).to(torch.promote_types(weight.dtype, torch.float32))
-    length = w_OK.shape[1]
-    spectrum_OK = torch.fft.fft(w_OK.to(torch.promote_types(w_OK.dtype, torch.complex64)))
-    half_OF = spectrum_OK[:, : length // 2 + 1]
-    mask_OF = torch.sigmoid(transform_OO.to(w_OK.dtype) @ half_OF.abs())
-    mask_OK = torch.cat([mask_OF, mask_OF[:, 1 : (length + 1) // 2].flip(1)], dim=1)
-    restored_OK = torch.fft.ifft(spectrum_OK * mask_OK).real
+    restored_OK, mask_OF = _FrequencyTransform.apply(w_OK, transform_OO.to(w_OK.dtype))
     return restored_OK.reshape(weight.shape).to(weight.dtype), mask_OF
+
+
+class _FrequencyTransform(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w_OK: Tensor, transform_OO: Tensor) -> tuple[Tensor, Tensor]:
+        length = w_OK.shape[1]
+        spectrum_OK = torch.fft.fft(w_OK.to(torch.promote_types(w_OK.dtype, torch.complex64)))
+        half_OF = spectrum_OK[:, : length // 2 + 1]
+        mask_OF = torch.sigmoid(transform_OO @ half_OF.abs())
+        mask_OK = torch.cat([mask_OF, mask_OF[:, 1 : (length + 1) // 2].flip(1)], dim=1)
+        restored_OK = torch.fft.ifft(spectrum_OK * mask_OK).real.contiguous()
+        ctx.save_for_backward(half_OF, mask_OF, transform_OO)
+        ctx.length = length
+        ctx.mark_non_differentiable(mask_OF)
+        return restored_OK, mask_OF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_OK: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+        half_OF, mask_OF, transform_OO = ctx.saved_tensors
+        length = ctx.length
+        twice_F = torch.full((half_OF.shape[1],), 2.0, dtype=mask_OF.dtype, device=mask_OF.device)
+        twice_F[0] = 1
+        if length % 2 == 0:
+            twice_F[-1] = 1
+        grad_spectrum_OF = torch.fft.rfft(grad_OK)
+        grad_mask_OF = (half_OF * grad_spectrum_OF.conj()).real * (twice_F / length)
+        grad_score_OF = grad_mask_OF * mask_OF * (1 - mask_OF)
+        grad_magnitude_OF = transform_OO.T @ grad_score_OF
+        direction_OF = half_OF.sgn() * (grad_magnitude_OF * (length / twice_F))
+        grad_w_OK = torch.fft.irfft(mask_OF * grad_spectrum_OF + direction_OF, n=length)
+        return grad_w_OK, grad_score_OF @ half_OF.abs().T
 
 
 def weight_deactivate_freq(
