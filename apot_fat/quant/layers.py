@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from apot_fat.quant.fake_quant import ALPHA_FLOOR, eight_bit_weight, positive, quantize_activation, quantize_weight
 from apot_fat.quant.frequency import frequency_transform
-from apot_fat.quant.product import ActSettings, ConvSettings, quantized_product
+from apot_fat.quant.product import REMEMBER_ELEMENTS, ActSettings, ConvSettings, quantized_product
 from apot_fat.quant.spec import FLOAT_BITS, QuantSpec, check_bits, preset
 
 
@@ -167,10 +167,11 @@ class _QuantLayer(_KeepsWeight):
         )
 
     def _remembering_product(self, x: Tensor, bias: Tensor | None, conv: ConvSettings | None) -> Tensor | None:
-        # None where the plain composition does as well: no gradient, a float input, or a compiler that decides itself
+        # None where the plain composition does as well: no gradient, a float input, an input so small that keeping its
+        # quantized copy costs less than making it again, or a compiler that decides itself
         if self.act_alpha is None or self._act_set is None:
             return None
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() < REMEMBER_ELEMENTS:
             return None
         spec = self.spec
         act = ActSettings(self._act_set, spec.act_clip, spec.act_alpha_gradient, spec.grad_scale or 1.0)
