@@ -21,7 +21,6 @@ from apot_fat.quant.kernels import run
 from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.spec import ActAlphaGradient, ActClip
 
-
 REMEMBER_ELEMENTS = 1 << 18
 """Inputs of at least this many elements are remembered instead of their quantized copies."""
 
