@@ -87,6 +87,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> Req
     implied = {"data": find_architecture(arch).dataset} if "arch" in given and "data" not in given else {}
     data = given.get("data") or implied.get("data") or TrainConfig.data
     recipe = find_recipe(data, arch, given.get("preset") or default_preset(arch))
+    if recipe:
+        log.info("recipe: %s", _relative(recipe.path))
     return Request(given, implied, recipe, options)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apot_fat.data.sharding import Batch, Sharding, epoch_generator
+from apot_fat.data.sharding import Batch, EpochPlan, Sharding, epoch_generator
 
 
 @dataclass(frozen=True)
@@ -163,49 +163,41 @@ class ImageBatches:
     ) -> None:
         self.images_NHWC = images.images_NHWC.to(device)
         self.labels_N = images.labels_N.to(device)
-        self.batch_size = batch_size
+        self.plan = EpochPlan(len(images), batch_size, training, sharding)
         self.mean = torch.tensor(mean, device=device)
         self.std = torch.tensor(std, device=device)
         self.augmentation = augmentation
-        self.training = training
         self.seed = seed
         self.channels_last = channels_last
-        self.sharding = sharding
         self.epoch = 0
 
     def __len__(self) -> int:
-        if self.training:
-            return self.sharding.steps(self.num_images, self.batch_size)
-        return -(-self.num_images // self.batch_size)
+        return len(self.plan)
 
     @property
     def num_batches(self) -> int:
         """Batches an epoch that this process sees."""
-        return sum(1 for _ in self._slices())
+        return self.plan.num_batches
 
     @property
     def num_images(self) -> int:
         """Images an epoch, over all processes."""
-        return len(self.labels_N)
+        return self.plan.count
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order and augmentation the next iteration has."""
         self.epoch = epoch
 
-    def _slices(self) -> Iterator[tuple[slice, float, bool]]:
-        divide = self.sharding.training_slices if self.training else self.sharding.evaluation_slices
-        return divide(self.num_images, self.batch_size)
-
     def __iter__(self) -> Iterator[Batch]:
         count, device = self.num_images, self.labels_N.device
         generator = epoch_generator(self.seed, self.epoch)
-        order_N = torch.randperm(count, generator=generator) if self.training else torch.arange(count)
+        order_N = self.plan.order(generator)
         offsets_N2 = flips_N = None
         if self.augmentation is not None:
             offsets_N2 = torch.randint(0, 2 * self.augmentation.padding + 1, (count, 2), generator=generator).to(device)
             flips_N = torch.rand(count, generator=generator).to(device) < (0.5 if self.augmentation.flip else 0.0)
         order_N = order_N.to(device)
-        for part, share, ends_step in self._slices():
+        for part, share, ends_step in self.plan.slices():
             images_BHWC = self.images_NHWC[order_N[part]]
             if self.augmentation is not None and offsets_N2 is not None and flips_N is not None:
                 images_BHWC = crop_and_flip(images_BHWC, self.augmentation.padding, offsets_N2[part], flips_N[part])

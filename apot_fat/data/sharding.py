@@ -99,6 +99,43 @@ class Sharding:
             yield slice(start, min(start + batch_size, count)), 1.0, True
 
 
+@dataclass(frozen=True)
+class EpochPlan:
+    """Which images this process takes in an epoch, batch by batch; what batches in memory and from files share.
+
+    Args:
+        count: images, over all processes.
+        batch_size: images an optimiser step over all processes; for evaluation images a batch.
+        training: a new order every epoch, divided for training; else in order, each image once over all processes.
+        sharding: this process's part.
+    """
+
+    count: int
+    batch_size: int
+    training: bool
+    sharding: Sharding
+
+    def __len__(self) -> int:
+        """Optimiser steps; for evaluation batches over all processes."""
+        if self.training:
+            return self.sharding.steps(self.count, self.batch_size)
+        return -(-self.count // self.batch_size)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that this process sees."""
+        return sum(1 for _ in self.slices())
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """The indices of an epoch's images, in its order."""
+        return torch.randperm(self.count, generator=generator) if self.training else torch.arange(self.count)
+
+    def slices(self) -> Iterator[tuple[slice, float, bool]]:
+        """(slice of the order, share, whether it ends a step) of each batch of this process."""
+        divide = self.sharding.training_slices if self.training else self.sharding.evaluation_slices
+        return divide(self.count, self.batch_size)
+
+
 def epoch_generator(seed: int, epoch: int, index: int = 0) -> torch.Generator:
     """The random numbers of an epoch (or of one image in it): a function of these alone, the same on every device."""
     return torch.Generator().manual_seed(mix_seed(seed, epoch, index))

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
 from apot_fat.data.images import FileSet, normalize
-from apot_fat.data.sharding import Batch, Sharding, epoch_generator, mix_seed
+from apot_fat.data.sharding import Batch, EpochPlan, Sharding, epoch_generator, mix_seed
 
 CROPS = ("resize-crop", "random-resized-crop")
 ON_DAMAGED = ("error", "skip")
@@ -58,16 +58,14 @@ class FileBatches:
         workers: int = 2,
         on_damaged: str = "error",
     ) -> None:
-        self.files = files
-        self.batch_size = batch_size
+        self.plan = EpochPlan(len(files), batch_size, training, sharding)
         self.device = device
         self.mean = torch.tensor(mean, device=device)
         self.std = torch.tensor(std, device=device)
-        self.training = training
         self.channels_last = channels_last
         self.on_damaged = on_damaged
         self.damaged: set[Path] = set()
-        self.sampler = _EpochSampler(len(files), batch_size, training, seed, sharding)
+        self.sampler = _EpochSampler(self.plan, seed)
         decode = _DecodedFiles(files, image_transform(image_size, crop if training else None), seed)
         self.loader = DataLoader(
             decode,
@@ -81,29 +79,24 @@ class FileBatches:
         )
 
     def __len__(self) -> int:
-        sharding = self.sampler.sharding
-        if self.training:
-            return sharding.steps(self.num_images, self.batch_size)
-        return -(-self.num_images // self.batch_size)
+        return len(self.plan)
 
     @property
     def num_batches(self) -> int:
         """Batches an epoch that this process sees."""
-        return len(self.sampler)
+        return self.plan.num_batches
 
     @property
     def num_images(self) -> int:
         """Images an epoch, over all processes."""
-        return len(self.files)
+        return self.plan.count
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order and augmentation the next iteration has."""
         self.sampler.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        for (images_BCHW, labels, damaged), (_, share, ends_step) in zip(
-            self.loader, self.sampler.slices(), strict=True
-        ):
+        for (images_BCHW, labels, damaged), (_, share, ends_step) in zip(self.loader, self.plan.slices(), strict=True):
             for path in damaged:
                 self._report(path)
             if not len(labels):
@@ -137,22 +130,16 @@ def image_transform(image_size: int, crop: str | None) -> v2.Transform:
 class _EpochSampler(Sampler[list[tuple[int, int]]]):
     """Lists of (epoch, index), one a batch of this process."""
 
-    def __init__(self, count: int, batch_size: int, training: bool, seed: int, sharding: Sharding) -> None:
-        self.count, self.batch_size, self.training = count, batch_size, training
-        self.seed, self.sharding = seed, sharding
+    def __init__(self, plan: EpochPlan, seed: int) -> None:
+        self.plan, self.seed = plan, seed
         self.epoch = 0
 
-    def slices(self) -> Iterator[tuple[slice, float, bool]]:
-        divide = self.sharding.training_slices if self.training else self.sharding.evaluation_slices
-        return divide(self.count, self.batch_size)
-
     def __len__(self) -> int:
-        return sum(1 for _ in self.slices())
+        return self.plan.num_batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = epoch_generator(self.seed, self.epoch)
-        order = torch.randperm(self.count, generator=generator) if self.training else torch.arange(self.count)
-        for part, _, _ in self.slices():
+        order = self.plan.order(epoch_generator(self.seed, self.epoch))
+        for part, _, _ in self.plan.slices():
             yield [(self.epoch, index) for index in order[part].tolist()]
 
 

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -388,7 +388,7 @@ def set_bits(model: nn.Module, bits: int) -> nn.Module:
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no QuantConv2d or QuantLinear: build it from them first")
     for layer in layers:
-        layer.spec = replace(layer.spec, weight_bits=bits, act_bits=bits)
+        layer.spec = layer.spec.with_bits(bits)
     return model
 
 
