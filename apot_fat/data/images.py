@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apot_fat.data.sharding import Batch, EpochPlan, Sharding, epoch_generator
+from apot_fat.data.sharding import Batch, EpochPlan, PlannedBatches, Sharding, epoch_generator
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Augmentation:
     flip: bool = True
 
 
-class ImageBatches:
+class ImageBatches(PlannedBatches):
     """Batches of an image set, cropped, mirrored and normalised on its device, with no worker processes.
 
     Equation: (pixel / 255 − mean) / std, per channel.
@@ -170,19 +170,6 @@ class ImageBatches:
         self.seed = seed
         self.channels_last = channels_last
         self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    @property
-    def num_batches(self) -> int:
-        """Batches an epoch that this process sees."""
-        return self.plan.num_batches
-
-    @property
-    def num_images(self) -> int:
-        """Images an epoch, over all processes."""
-        return self.plan.count
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order and augmentation the next iteration has."""

@@ -136,6 +136,25 @@ class EpochPlan:
         return divide(self.count, self.batch_size)
 
 
+class PlannedBatches:
+    """The sizes of batches that follow an ``EpochPlan``."""
+
+    plan: EpochPlan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches an epoch that this process sees."""
+        return self.plan.num_batches
+
+    @property
+    def num_images(self) -> int:
+        """Images an epoch, over all processes."""
+        return self.plan.count
+
+
 def epoch_generator(seed: int, epoch: int, index: int = 0) -> torch.Generator:
     """The random numbers of an epoch (or of one image in it): a function of these alone, the same on every device."""
     return torch.Generator().manual_seed(mix_seed(seed, epoch, index))

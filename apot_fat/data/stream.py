@@ -14,7 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
 from apot_fat.data.images import FileSet, normalize
-from apot_fat.data.sharding import Batch, EpochPlan, Sharding, epoch_generator, mix_seed
+from apot_fat.data.sharding import Batch, EpochPlan, PlannedBatches, Sharding, epoch_generator, mix_seed
 
 CROPS = ("resize-crop", "random-resized-crop")
 ON_DAMAGED = ("error", "skip")
@@ -22,7 +22,7 @@ ON_DAMAGED = ("error", "skip")
 log = logging.getLogger("apot_fat")
 
 
-class FileBatches:
+class FileBatches(PlannedBatches):
     """Batches of image files: decoded, cropped and mirrored as uint8 by workers, normalised on the device.
 
     Args:
@@ -77,19 +77,6 @@ class FileBatches:
             persistent_workers=workers > 0,
             multiprocessing_context="forkserver" if workers else None,  # forking a process with threads can hang
         )
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    @property
-    def num_batches(self) -> int:
-        """Batches an epoch that this process sees."""
-        return self.plan.num_batches
-
-    @property
-    def num_images(self) -> int:
-        """Images an epoch, over all processes."""
-        return self.plan.count
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order and augmentation the next iteration has."""
