@@ -14,7 +14,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = layers.conv(in_channels, channels, 3, stride=stride, padding=1)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = layers.conv(channels, channels, 3, padding=1)
+        self.relu1, self.conv2 = layers.relu_conv(channels, channels, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU()
         self.downsample: nn.Module = nn.Identity()
@@ -24,7 +24,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) → (N, channels, H / stride, W / stride)."""
-        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu1(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(y)) + self.downsample(x))
 
 

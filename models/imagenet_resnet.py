@@ -17,13 +17,13 @@ class BasicBlock(nn.Module):
         self.conv1 = layers.conv(in_channels, channels, 3, stride=stride, padding=1)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU()
-        self.conv2 = layers.conv(channels, channels, 3, padding=1)
+        self.relu1, self.conv2 = layers.relu_conv(channels, channels, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample = _shortcut(layers, in_channels, channels * self.expansion, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) → (N, channels, H / stride, W / stride)."""
-        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu1(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(y)) + self.downsample(x))
 
 
@@ -36,17 +36,17 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.conv1 = layers.conv(in_channels, channels, 1)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = layers.conv(channels, channels, 3, stride=stride, padding=1)
+        self.relu1, self.conv2 = layers.relu_conv(channels, channels, 3, stride=stride, padding=1)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = layers.conv(channels, channels * self.expansion, 1)
+        self.relu2, self.conv3 = layers.relu_conv(channels, channels * self.expansion, 1)
         self.bn3 = nn.BatchNorm2d(channels * self.expansion)
         self.relu = nn.ReLU()
         self.downsample = _shortcut(layers, in_channels, channels * self.expansion, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) → (N, 4 · channels, H / stride, W / stride)."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.relu1(self.bn1(self.conv1(x)))
+        y = self.relu2(self.bn2(self.conv2(y)))
         return self.relu(self.bn3(self.conv3(y)) + self.downsample(x))
 
 

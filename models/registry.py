@@ -36,6 +36,17 @@ class LayerMaker:
             return nn.Conv2d(in_channels, out_channels, kernel_size, **options)
         return QuantConv2d(in_channels, out_channels, kernel_size, spec=self.spec, **options)
 
+    def relu_conv(
+        self, in_channels: int, out_channels: int, kernel_size: int, **options: Any
+    ) -> tuple[nn.Module, nn.Conv2d]:
+        """A ReLU and the inner convolution that alone takes its output.
+
+        A quantized convolution does the ReLU itself, in the pass of its quantizer; the module for it is an identity.
+        """
+        if self.is_float:
+            return nn.ReLU(), self.conv(in_channels, out_channels, kernel_size, **options)
+        return nn.Identity(), self.conv(in_channels, out_channels, kernel_size, relu=True, **options)
+
     def linear(self, in_features: int, out_features: int) -> nn.Linear:
         """An inner linear layer: quantized, or plain at 32 bits."""
         if self.is_float:

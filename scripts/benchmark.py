@@ -28,6 +28,7 @@ from apot_fat.training.device import choose_device
 
 SHAPE = (128, 16, 32, 32)  # the largest activation of ResNet-20, 128 images
 NETWORKS = (("fp32", "apot-cifar", 32), ("apot-cifar", "apot-cifar", 4), ("fat-cifar", "fat-cifar", 4))
+BITS = (2, 3, 4, 5)
 WARM_UP, MIN_ROUNDS, MAX_ROUNDS = 2, 7, 51
 
 Row = dict[str, Any]
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def quantizer(options: argparse.Namespace) -> list[Row]:
-    """Forward and backward of one activation: every preset compiled, one eagerly, and the baselines."""
+    """Forward and backward of one activation: every preset, compiled and eager, and the baselines."""
     device = options.device
     shape = (options.batch_size, *SHAPE[1:])
     x = torch.randn(shape, device=device).relu_().requires_grad_()
@@ -89,16 +90,15 @@ def quantizer(options: argparse.Namespace) -> list[Row]:
         "copy": lambda: out.copy_(x.detach()),
         "relu": lambda: _forward_backward(F.relu(x), grad, (x,)),
         "torch learnable uniform, 4 bits": learnable(4),
-        "distance matrix, 4 bits": distance(4),
-        "distance matrix, 5 bits": distance(5),
     }
+    works |= {f"distance matrix, {bits} bits": distance(bits) for bits in BITS}
     for name in PRESETS:
-        for bits in (2, 3, 4, 5):
+        for bits in BITS:
             works[f"{name}, {bits} bits"] = ours(name, bits, "compiled")
-        works[f"{name}, 4 bits, eager"] = ours(name, 4, "eager")
+            works[f"{name}, {bits} bits, eager"] = ours(name, bits, "eager")
     rows = _rows(_medians(works, options), "relu", "torch learnable uniform, 4 bits")
     for row in rows:
-        bits = 5 if "5 bits" in row["what"] else 4
+        bits = next((bits for bits in BITS if f"{bits} bits" in row["what"]), 4)
         slow = next(other["ms"] for other in rows if other["what"] == f"distance matrix, {bits} bits")
         row["distance matrix / this"] = slow / row["ms"]
     if device.type == "cuda":

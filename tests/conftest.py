@@ -11,7 +11,8 @@ import torch
 
 from apot_fat.quant.kernels import set_kernels
 
-set_kernels("eager")  # a compilation takes seconds: the tests of compiled kernels ask for them
+# a compilation takes seconds: the tests of compiled kernels ask for them
+set_kernels(os.environ.get("APOT_FAT_KERNELS", "eager"))
 torch.set_num_threads(1)  # the suite runs on as many processes as cores
 
 

@@ -12,9 +12,7 @@ bounds count as inside. NaN stays NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from apot_fat.quant.kernels import run
 from apot_fat.quant.levels import LevelSet
-from apot_fat.quant.spec import ActAlphaGradient, ActClip
+from apot_fat.quant.spec import ActAlphaGradient, InputClip
 
 ALPHA_FLOOR = 1e-3
 """A threshold at or below zero is read as this (same unit as the threshold)."""
@@ -44,53 +42,57 @@ def project(u: Tensor, levels: LevelSet) -> Tensor:
     Returns:
         The levels, shape and type of u. No gradient: the callers define their own.
     """
+    return _project_own(u.clone(), levels)
+
+
+def _project_own(u: Tensor, levels: LevelSet) -> Tensor:
+    # u may be overwritten: fresh memory costs more than the arithmetic
     if levels.is_uniform:
-        return (u * levels.denominator).round() / levels.denominator
-    if levels.is_pot and u.dtype == torch.float32 and levels.denominator <= _MAX_EXACT_POT_DENOMINATOR:
+        steps = _literal(levels.steps, u)
+        return u.mul_(steps).round_().div_(steps)
+    by_bits = levels.is_pot and u.dtype == torch.float32 and levels.denominator <= _MAX_EXACT_POT_DENOMINATOR
+    if by_bits and not torch.compiler.is_compiling():
+        octaves = u.view(torch.int32).bitwise_right_shift_(22).bitwise_and_(0x1FF)  # exponent and half of an octave
+        return _octave_levels(levels, u.device).index_select(0, octaves.flatten()).view(u.shape)
+    if levels.has_table and not torch.compiler.is_compiling():
+        # NaN has a cell of its own; index_select takes half the time of indexing
+        cells = u.clamp_(0, 1).mul_(2 * levels.denominator).nan_to_num_(nan=2 * levels.denominator + 1).to(torch.int32)
+        return _cell_levels(levels, u.dtype, u.device).index_select(0, cells.flatten()).view(u.shape)
+    if by_bits:
         q = _round_to_power_of_two(u, levels.levels[1])
     elif torch.compiler.is_compiling():
-        q = _project_pointwise(u, levels)
-    elif levels.has_table:
-        cells = (u * (2 * levels.denominator)).to(torch.int32).clamp_(0, 2 * levels.denominator)
-        # index_select takes half the time of indexing
-        q = _cell_levels(levels, u.dtype, u.device).index_select(0, cells.flatten()).view(u.shape)
+        q = _search(u, levels)
     else:
         thresholds = _constant(levels.thresholds, u.dtype, u.device)
         q = _constant(levels.levels, u.dtype, u.device)[torch.bucketize(u, thresholds, right=True)]
-    return torch.where(u != u, u, q)  # Inductor computes isnan() one element at a time
-
-
-def _project_pointwise(u: Tensor, levels: LevelSet) -> Tensor:
-    # for a compiler: arithmetic alone, no table. The decisions are those of the table: the same product is compared
-    # with the same integers.
-    if levels.has_table:
-        cuts = tuple(a + b for a, b in pairwise(levels.numerators))
-        return _search(u * (2 * levels.denominator), cuts, levels.levels, u.dtype)
-    return _search(u, levels.thresholds, levels.levels, u.dtype)
+    return q.masked_fill_(u != u, math.nan)  # Inductor computes isnan() one element at a time
 
 
 def _round_to_power_of_two(u: Tensor, smallest: float) -> Tensor:
     # half of the largest mantissa added to a float's bits carries into the exponent from 1.5 · 2^k on
-    exponent = (u.view(torch.int32) + 0x00400000) & -0x00800000
-    return torch.where(u < smallest / 2, 0.0, exponent.view(torch.float32).clamp(min=smallest))
+    exponent = (u.view(torch.int32) + 0x00400000).bitwise_and_(-0x00800000)
+    return exponent.view(torch.float32).clamp_(min=smallest).masked_fill_(u < smallest / 2, 0.0)
 
 
-def _search(v: Tensor, cuts: Sequence[float], values: Sequence[float], dtype: torch.dtype) -> Tensor:
-    # binary search without branches: each comparison chooses the half of the remaining cuts and values that v lies in.
-    # B comparisons and 2^(B + 1) selections, where a chain over all cuts takes 2^B of both.
-    size = 1 << (len(values) - 1).bit_length()
-    left = [_scalar(cut, dtype, v.device) for cut in (*cuts, *[math.inf] * (size - len(values)))]
-    right = [_scalar(value, dtype, v.device) for value in (*values, *[values[-1]] * (size - len(values)))]
-    while left:
+def _search(u: Tensor, levels: LevelSet) -> Tensor:
+    # for a compiler: arithmetic alone, no table, and any real number. Binary search without branches: each comparison
+    # with the sum of the middle two of the remaining values, which is twice their midpoint, chooses a half of them.
+    # B comparisons and 2^B selections. Over numerators the sums are exact, and so the decisions those of the table.
+    exact = levels.has_table
+    values = list(levels.float_numerators if exact else levels.levels)
+    values += [values[-1]] * ((1 << levels.bits) - len(values))
+    twice = u * _literal(2 * levels.steps if exact else 2.0, u)
+    left = [_literal(value, u) for value in values]
+    while len(left) > 1:
         half = len(left) // 2
-        above = v >= left[half]
-        left = [torch.where(above, b, a) for a, b in zip(left[:half], left[half + 1 :], strict=True)]
-        right = [torch.where(above, b, a) for a, b in zip(right[: half + 1], right[half + 1 :], strict=True)]
-    return right[0]
+        above = twice >= left[half - 1] + left[half]
+        left = [torch.where(above, b, a) for a, b in zip(left[:half], left[half:], strict=True)]
+    return left[0] / _literal(levels.steps, u) if exact else left[0]
 
 
-def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((), value, dtype=dtype, device=device)
+def _literal(value: float, like: Tensor) -> Any:
+    # torch.compile makes an argument of a number it reads from an object, but not of a filled tensor
+    return torch.full((), value, dtype=like.dtype, device=like.device) if torch.compiler.is_compiling() else value
 
 
 def quantize_weight(
@@ -123,7 +125,7 @@ def quantize_activation(
     alpha: Tensor,
     levels: LevelSet,
     *,
-    clip: ActClip = "above",
+    clip: InputClip = "above",
     alpha_gradient: ActAlphaGradient = "full",
     grad_scale: float = 1.0,
 ) -> Tensor:
@@ -136,16 +138,16 @@ def quantize_activation(
         x: activation, any shape.
         alpha: clipping threshold, 0-d, same unit as x; read as ``ALPHA_FLOOR`` where it is not positive.
         levels: levels on [0, 1].
-        clip: ``above`` or ``both``.
+        clip: ``above``, ``both``, or ``relu`` for the quantized max(x, 0) in one pass.
         alpha_gradient: ``full`` or ``clipped-only``.
         grad_scale: factor on the threshold's gradient.
 
     Returns:
         x_q, shape and type of x.
 
-    Gradient: ∂L/∂x = g · 1[u ≤ 1] (``both``: g · 1[0 ≤ u ≤ 1]);
-    ∂L/∂α = grad_scale · Σ g · (1[u > 1] + (q − u) 1[u ≤ 1]) (``both``: the second term 0 below 0; ``clipped-only``:
-    the first term alone).
+    Gradient: ∂L/∂x = g · 1[u ≤ 1] (``both``: g · 1[0 ≤ u ≤ 1]; ``relu``: g · 1[0 < u ≤ 1]);
+    ∂L/∂α = grad_scale · Σ g · (1[u > 1] + (q − u) 1[u ≤ 1]) (``both`` and ``relu``: the second term 0 below 0;
+    ``clipped-only``: the first term alone).
 
     Paper: APoT, "Reparameterized Clipping Function"; PACT for the ``clipped-only`` gradient.
     """
@@ -179,7 +181,7 @@ def positive(alpha: Tensor) -> Tensor:
 def weight_forward(w: Tensor, alpha: Tensor, levels: LevelSet) -> Tensor:
     """w_q of ``quantize_weight``."""
     alpha_used, u = _in_units(w, alpha)
-    return (u.sign() * project(u.abs().clamp(max=1), levels) * alpha_used).to(w.dtype)
+    return (u.sign() * _project_clipped(u.abs(), levels, "above") * alpha_used).to(w.dtype)
 
 
 def weight_backward(
@@ -193,11 +195,28 @@ def weight_backward(
     return grad_w, _alpha_gradient(grad, slope, alpha, grad_scale)
 
 
-def activation_forward(x: Tensor, alpha: Tensor, levels: LevelSet, clip: ActClip) -> Tensor:
+def activation_forward(x: Tensor, alpha: Tensor, levels: LevelSet, clip: InputClip) -> Tensor:
     """x_q of ``quantize_activation``."""
     alpha_used, u = _in_units(x, alpha)
-    u = u.clamp(0, 1) if clip == "both" else u.clamp(max=1)
-    return (project(u, levels) * alpha_used).to(x.dtype)
+    return _project_clipped(u, levels, clip).mul_(alpha_used).to(x.dtype)
+
+
+def activation_forward_with_codes(x: Tensor, alpha: Tensor, levels: LevelSet, clip: InputClip) -> tuple[Tensor, Tensor]:
+    """x_q of ``quantize_activation``, and the numerators of its levels as bytes: for ``has_codes`` only."""
+    alpha_used, u = _in_units(x, alpha)
+    q = _project_clipped(u, levels, clip)
+    return (q * alpha_used).to(x.dtype), (q * _literal(levels.steps, q) + 0.5).to(torch.uint8)
+
+
+def has_codes(levels: LevelSet, clip: InputClip) -> bool:
+    """Whether every projected value has a numerator from 0 to 255."""
+    return levels.fits_byte and (clip != "above" or not levels.is_uniform)
+
+
+def activation_from_codes(codes: Tensor, alpha: Tensor, levels: LevelSet, dtype: torch.dtype) -> Tensor:
+    """x_q again, from its numerators."""
+    alpha_used = positive(alpha).to(torch.promote_types(dtype, torch.float32))
+    return (_level(codes, levels, alpha_used.dtype) * alpha_used).to(dtype)
 
 
 def activation_backward(
@@ -205,20 +224,58 @@ def activation_backward(
     x_q: Tensor,
     x: Tensor,
     alpha: Tensor,
-    clip: ActClip,
+    clip: InputClip,
     alpha_gradient: ActAlphaGradient,
     grad_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``quantize_activation``: of x, and of α."""
     alpha_used, u = _in_units(x, alpha)
+    return _activation_gradients(grad, x_q / alpha_used, u, alpha, clip, alpha_gradient, grad_scale)
+
+
+def activation_backward_from_codes(
+    grad: Tensor,
+    codes: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    levels: LevelSet,
+    clip: InputClip,
+    alpha_gradient: ActAlphaGradient,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """``activation_backward`` from the numerators."""
+    u = _in_units(x, alpha)[1]
+    return _activation_gradients(grad, _level(codes, levels, u.dtype), u, alpha, clip, alpha_gradient, grad_scale)
+
+
+def _level(codes: Tensor, levels: LevelSet, dtype: torch.dtype) -> Tensor:
+    numerators = codes.to(dtype)
+    return numerators / _literal(levels.steps, numerators)
+
+
+def _project_clipped(u: Tensor, levels: LevelSet, clip: InputClip) -> Tensor:
+    # u may be overwritten; look-up and search clip by themselves, and all but uniform levels have none below 0
+    if levels.is_uniform or levels.is_pot:
+        u = u.clamp_(max=1) if clip == "above" and levels.is_uniform else u.clamp_(0, 1)
+    return _project_own(u, levels)
+
+
+def _activation_gradients(
+    grad: Tensor,
+    q: Tensor,
+    u: Tensor,
+    alpha: Tensor,
+    clip: InputClip,
+    alpha_gradient: ActAlphaGradient,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor]:
     above = u > 1
-    grad_x = torch.where(above | (u < 0) if clip == "both" else above, 0, grad)
+    outside = {"above": lambda: above, "both": lambda: above | (u < 0), "relu": lambda: above | (u <= 0)}[clip]()
     if alpha_gradient == "clipped-only":
         slope = above.to(u.dtype)
     else:
-        inside = x_q / alpha_used - (u.clamp(min=0) if clip == "both" else u)
-        slope = torch.where(above, 1, inside)
-    return grad_x, _alpha_gradient(grad, slope, alpha, grad_scale)
+        slope = torch.where(above, 1, q - (u if clip == "above" else u.clamp_(min=0)))
+    return torch.where(outside, 0, grad), _alpha_gradient(grad, slope, alpha, grad_scale)
 
 
 class _QuantizeWeight(torch.autograd.Function):
@@ -243,7 +300,7 @@ class _QuantizeActivation(torch.autograd.Function):
         x: Tensor,
         alpha: Tensor,
         levels: LevelSet,
-        clip: ActClip,
+        clip: InputClip,
         alpha_gradient: ActAlphaGradient,
         grad_scale: float,
     ) -> Tensor:
@@ -266,13 +323,24 @@ def _in_units(x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _alpha_gradient(grad: Tensor, slope: Tensor, alpha: Tensor, grad_scale: float) -> Tensor:
-    return ((grad * slope).sum() * grad_scale).to(alpha.dtype)
+    return (slope.mul_(grad).sum() * grad_scale).to(alpha.dtype)
 
 
 # Tables are kept for the eager path alone: what a compiler traces must hold no tensor made outside of it.
 @lru_cache(maxsize=256)
 def _cell_levels(levels: LevelSet, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _constant(tuple(levels.levels[code] for code in levels.cell_codes), dtype, device)
+    return _constant((*(levels.levels[code] for code in levels.cell_codes), math.nan), dtype, device)
+
+
+@lru_cache(maxsize=256)
+def _octave_levels(levels: LevelSet, device: torch.device) -> Tensor:
+    # nearest level of every float32 by its exponent and the first bit of its mantissa, on which alone it depends
+    with torch.inference_mode(False):
+        inside = (torch.arange(0x1FF, dtype=torch.int32) << 22) + (1 << 21)
+        codes = torch.bucketize(inside.view(torch.float32).double(), torch.tensor(levels.thresholds).double())
+        nearest = torch.tensor(levels.levels)[codes]
+        nearest[0x1FE:] = math.nan
+        return torch.cat([nearest, nearest[-1:]]).to(device)
 
 
 @lru_cache(maxsize=256)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import types
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -52,7 +53,11 @@ set_kernels(os.environ.get("APOT_FAT_KERNELS", "auto"))
 
 
 def run(
-    function: Callable[..., Any], tensors: Sequence[Tensor], scalars: Sequence[Tensor], *settings: Any
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    scalars: Sequence[Tensor],
+    *settings: Any,
+    into: Tensor | torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """Call a pointwise function, compiled or not.
 
@@ -61,26 +66,79 @@ def run(
         tensors: of one shape; the memory format of the last comes back.
         scalars: 0-d tensors.
         settings: hashable constants.
+        into: where a compiled kernel may write the first result: ``tensors[0]``; or, given its type, memory of this
+            thread that the next such call overwrites. Fresh memory costs more than the pass itself on a CPU.
 
     Returns:
         The results, always as a tuple.
     """
     if torch.compiler.is_compiling():
         return _as_tuple(function(*tensors, *scalars, *settings))
-    order = _storage_order(tensors[-1])
-    # .data has neither a graph nor, unlike detach(), a base: a graph compiled for a view is guarded by its base's shape
-    flat = [tensor.permute(order).reshape(-1).data for tensor in tensors]
-    scalars = [scalar.data for scalar in scalars]
-    if _compiles(flat[-1]):
-        operands = (*flat, *scalars)
-        key = (flat[-1].device, flat[-1].numel() <= _SERIAL_ELEMENTS, torch.is_inference_mode_enabled())
-        kernel = _compiled(function, settings, (*key, *(tensor.dtype for tensor in operands)))
+    like = tensors[-1]
+    layout = _Layout(like)
+    operands = [layout.flatten(tensor) for tensor in tensors]
+    operands += [scalar.data for scalar in scalars]
+    if _compiles(like):
+        scratch = None
+        if isinstance(into, torch.dtype) and like.device.type == "cpu":  # other devices' allocators do as much
+            scratch = _scratch.of(into, like.numel())
+            operands.insert(0, scratch)
+        overwrites = scratch is not None or isinstance(into, Tensor)
+        key = (like.device, like.numel() <= _SERIAL_ELEMENTS, torch.is_inference_mode_enabled())
+        types = tuple(tensor.dtype for tensor in operands)
+        kernel = _compiled(function, settings, scratch is not None, overwrites, (*key, types))
         results = _as_tuple(kernel(*operands))
+        if overwrites:
+            results = (operands[0], *results)
     else:
-        results = _as_tuple(function(*flat, *scalars, *settings))
-    shape = [tensors[-1].shape[axis] for axis in order]
-    back = [order.index(axis) for axis in range(len(order))]
-    return tuple(result.view(shape).permute(back) if result.dim() else result for result in results)
+        results = _as_tuple(function(*operands, *settings))
+    shaped = tuple(layout.restore(result) if result.dim() else result for result in results)
+    if isinstance(into, Tensor) and into.data_ptr() == shaped[0].data_ptr():
+        return into, *shaped[1:]  # not a view of it: autograd adds to a gradient in place that nobody else holds
+    return shaped
+
+
+class _Layout:
+    """One dimension in the order of a tensor's storage, and back."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.shape, self.strides = like.shape, like.stride()
+        self.is_dense = like.is_contiguous() or (
+            like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
+        )
+        self.order = [] if self.is_dense else sorted(range(like.dim()), key=like.stride, reverse=True)
+
+    def flatten(self, tensor: Tensor) -> Tensor:
+        # .data has neither a graph nor, unlike detach(), a base: a graph compiled for a view is guarded by its base
+        if not self.is_dense:
+            return tensor.permute(self.order).reshape(-1).data
+        if tensor.stride() != self.strides:
+            alike = torch.empty_strided(self.shape, self.strides, dtype=tensor.dtype, device=tensor.device)
+            tensor = alike.copy_(tensor)
+        return tensor.as_strided((tensor.numel(),), (1,)).data
+
+    def restore(self, flat: Tensor) -> Tensor:
+        if self.is_dense:
+            return flat.as_strided(self.shape, self.strides)
+        back = [self.order.index(axis) for axis in range(len(self.order))]
+        return flat.view([self.shape[axis] for axis in self.order]).permute(back)
+
+
+class _Scratch(threading.local):
+    """Memory that is used again and again: it stays in the caches, and spares page faults. Grows to the largest use."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[torch.dtype, Tensor] = {}
+
+    def of(self, dtype: torch.dtype, elements: int) -> Tensor:
+        held = self.tensors.get(dtype)
+        if held is None or held.numel() < elements:
+            with torch.inference_mode(False):
+                held = self.tensors[dtype] = torch.empty(elements, dtype=dtype)
+        return held[:elements].data
+
+
+_scratch = _Scratch()
 
 
 @cache
@@ -107,9 +165,16 @@ def _compiles(x: Tensor) -> bool:
 
 
 @cache
-def _compiled(function: Callable[..., Any], settings: tuple[Any, ...], key: tuple[Any, ...]) -> Callable[..., Any]:
+def _compiled(
+    function: Callable[..., Any], settings: tuple[Any, ...], has_scratch: bool, overwrites: bool, key: tuple[Any, ...]
+) -> Callable[..., Any]:
     def kernel(*tensors: Tensor) -> Any:
-        return function(*tensors, *settings)
+        results = function(*tensors[1 if has_scratch else 0 :], *settings)
+        if not overwrites:
+            return results
+        first, *rest = _as_tuple(results)
+        tensors[0].copy_(first)
+        return tuple(rest)
 
     # Dynamo limits recompilations by code object, and all kernels would share this one
     code = kernel.__code__.replace(co_name=function.__name__)
@@ -122,13 +187,6 @@ def _compiled(function: Callable[..., Any], settings: tuple[Any, ...], key: tupl
 def _no_guards(guards: Sequence[Any]) -> list[bool]:
     # everything a kernel depends on is in the key it is found by; checking it again takes half of a small call
     return [False] * len(guards)
-
-
-def _storage_order(x: Tensor) -> list[int]:
-    # axes from the slowest to the fastest in memory
-    if x.is_contiguous():
-        return list(range(x.dim()))
-    return sorted(range(x.dim()), key=x.stride, reverse=True)
 
 
 def _as_tuple(results: Any) -> tuple[Tensor, ...]:

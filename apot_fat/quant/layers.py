@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from apot_fat.quant.fake_quant import ALPHA_FLOOR, eight_bit_weight, positive, quantize_activation, quantize_weight
 from apot_fat.quant.frequency import frequency_transform
 from apot_fat.quant.product import REMEMBER_ELEMENTS, ActSettings, ConvSettings, quantized_product
-from apot_fat.quant.spec import FLOAT_BITS, QuantSpec, check_bits, preset
+from apot_fat.quant.spec import FLOAT_BITS, InputClip, QuantSpec, check_bits, preset
 
 
 def normalize_weight(w: Tensor, spec: QuantSpec) -> Tensor:
@@ -58,9 +59,17 @@ class _KeepsWeight(nn.Module):
 
     _kept: tuple[Tensor, tuple[Tensor, ...], tuple[object, ...]] | None = None
 
+    def quantized_weight(self) -> Tensor:
+        """The weight the layer computes with."""
+        raise NotImplementedError
+
     def _keep_weight(self, sources: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
         needs_gradient = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-        if self.training or needs_gradient or torch.compiler.is_compiling() or not all(map(_is_plain, sources)):
+        if self.training or needs_gradient:
+            return compute()
+        if torch.compiler.is_compiling():
+            return self._kept[0] if _kept_weights_are_current and self._kept is not None else compute()
+        if not all(map(_is_plain, sources)):
             return compute()
         state = tuple(part for s in sources for part in (id(s), s._version, s.data_ptr(), s.dtype))
         if self._kept is None or self._kept[2] != state:
@@ -82,6 +91,29 @@ class _KeepsWeight(nn.Module):
         return {**self.__dict__, "_kept": None}
 
 
+_kept_weights_are_current = False  # torch.compile guards it: a graph cannot check whether a kept weight is up to date
+
+
+@contextmanager
+def kept_weights(model: nn.Module) -> Iterator[None]:
+    """Quantize in advance, for a compiled network in evaluation: graphs called inside take what is kept.
+
+    Without it a compiled network quantizes its weights in every call.
+    """
+    global _kept_weights_are_current
+    if model.training or torch.is_grad_enabled():
+        yield
+        return
+    for module in model.modules():
+        if isinstance(module, _KeepsWeight):
+            module.quantized_weight()
+    _kept_weights_are_current = True
+    try:
+        yield
+    finally:
+        _kept_weights_are_current = False
+
+
 def _is_plain(tensor: Tensor) -> bool:
     # inference tensors have no version counter; subclasses stand for tensors that are elsewhere or nowhere
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
@@ -94,8 +126,10 @@ class _QuantLayer(_KeepsWeight):
     weight_alpha: nn.Parameter | None
     act_alpha: nn.Parameter | None
     transform: nn.Parameter | None
+    relu: bool
 
-    def _init_quantizers(self, spec: QuantSpec) -> None:
+    def _init_quantizers(self, spec: QuantSpec, relu: bool) -> None:
+        self.relu = relu
         for name in ("weight_alpha", "act_alpha", "transform"):
             self.register_parameter(name, None)
         self.spec = spec
@@ -126,6 +160,10 @@ class _QuantLayer(_KeepsWeight):
             self.register_parameter(name, nn.Parameter(torch.full(shape, value, dtype=like, device=self.weight.device)))
 
     @property
+    def _input_clip(self) -> InputClip:
+        return "relu" if self.relu else self.spec.act_clip
+
+    @property
     def bit(self) -> int:
         """Bits of the weight (the published attribute)."""
         return self.spec.weight_bits
@@ -153,28 +191,31 @@ class _QuantLayer(_KeepsWeight):
         )
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """The input the layer computes with: α times a level; at 32 bits the input itself. Shape of ``x``."""
+        """The input the layer computes with: α times a level; at 32 bits the input itself. Shape of ``x``.
+
+        With ``relu`` the input's ReLU in place of the input.
+        """
         if self.act_alpha is None or self._act_set is None:
-            return x
+            return F.relu(x) if self.relu else x
         spec = self.spec
         return quantize_activation(
             x,
             self.act_alpha,
             self._act_set,
-            clip=spec.act_clip,
+            clip=self._input_clip,
             alpha_gradient=spec.act_alpha_gradient,
             grad_scale=spec.grad_scale or 1.0,
         )
 
-    def _remembering_product(self, x: Tensor, bias: Tensor | None, conv: ConvSettings | None) -> Tensor | None:
-        # None where the plain composition does as well: no gradient, a float input, an input so small that keeping its
-        # quantized copy costs less than making it again, or a compiler that decides itself
-        if self.act_alpha is None or self._act_set is None:
+    def _quantized_product(self, x: Tensor, bias: Tensor | None, conv: ConvSettings | None) -> Tensor | None:
+        # None where the plain composition does as well: a float input, an input so small that keeping its quantized
+        # copy for backward costs less than making it again, or a compiler that decides itself
+        if self.act_alpha is None or self._act_set is None or torch.compiler.is_compiling():
             return None
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() < REMEMBER_ELEMENTS:
+        if torch.is_grad_enabled() and x.numel() < REMEMBER_ELEMENTS:
             return None
         spec = self.spec
-        act = ActSettings(self._act_set, spec.act_clip, spec.act_alpha_gradient, spec.grad_scale or 1.0)
+        act = ActSettings(self._act_set, self._input_clip, spec.act_alpha_gradient, spec.grad_scale or 1.0)
         return quantized_product(x, self.act_alpha, self.quantized_weight(), bias, act, conv)
 
     def mask_range(self) -> tuple[float, float] | None:
@@ -192,10 +233,11 @@ class _QuantLayer(_KeepsWeight):
 
     def _describe(self) -> str:
         spec = self.spec
+        relu = "relu, " if self.relu else ""
         if spec.weight_bits == spec.act_bits == FLOAT_BITS:
-            return "float"
+            return f"{relu}float"
         fat = ", fat" if spec.transform else ""
-        return f"weight={spec.weight_levels}/{spec.weight_bits}, input={spec.act_levels}/{spec.act_bits}{fat}"
+        return f"{relu}weight={spec.weight_levels}/{spec.weight_bits}, input={spec.act_levels}/{spec.act_bits}{fat}"
 
 
 class QuantConv2d(_QuantLayer, nn.Conv2d):
@@ -212,6 +254,7 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
         grad_scale: factor on the threshold gradients.
         spec: the whole variant; replaces bit, power, additive and grad_scale, which together mean ``apot-imagenet``,
             ``apot-imagenet-pot`` or ``apot-imagenet-uniform``.
+        relu: take the input's ReLU first, in the same pass as the quantizer; at any bits.
 
     Shapes: x (N, C_in, H, W) → (N, C_out, H', W'); ``weight_alpha``, ``act_alpha`` 0-d; ``transform`` (C_out, C_out)
     with FAT, else None. At 32 bits the three are None.
@@ -240,21 +283,26 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
         grad_scale: float | None = None,
         *,
         spec: QuantSpec | None = None,
+        relu: bool = False,
         **conv_options: Any,
     ) -> None:
         spec = spec or _published_spec(bit, power, additive, grad_scale)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **conv_options
         )
-        self._init_quantizers(spec)
+        self._init_quantizers(spec, relu)
 
     def forward(self, x: Tensor) -> Tensor:
         """y = conv(x_q, w_q) + bias."""
-        y = None
-        if x.dim() == 4 and self.padding_mode == "zeros" and not isinstance(self.padding, str):
-            conv = ConvSettings(self.stride, self.padding, self.dilation, self.groups)
-            y = self._remembering_product(x, self.bias, conv)
-        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias) if y is None else y
+        if x.dim() != 4 or self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+        stride = self.stride
+        if self.kernel_size == (1, 1) and stride != (1, 1) and self.padding == (0, 0):
+            # the values between are read by nobody, and need no quantizing
+            x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+        conv = ConvSettings(stride, self.padding, self.dilation, self.groups)
+        y = self._quantized_product(x, self.bias, conv)
+        return F.conv2d(self.quantized_input(x), self.quantized_weight(), self.bias, *conv) if y is None else y
 
     def extra_repr(self) -> str:
         """The convolution's description and the quantizers'."""
@@ -280,15 +328,16 @@ class QuantLinear(_QuantLayer, nn.Linear):
         grad_scale: float | None = None,
         *,
         spec: QuantSpec | None = None,
+        relu: bool = False,
         **linear_options: Any,
     ) -> None:
         spec = spec or _published_spec(bit, power, additive, grad_scale)
         super().__init__(in_features, out_features, bias, **linear_options)
-        self._init_quantizers(spec)
+        self._init_quantizers(spec, relu)
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x_q w_qᵀ + bias."""
-        y = self._remembering_product(x, self.bias, None)
+        y = self._quantized_product(x, self.bias, None)
         return y if y is not None else F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
 
     def extra_repr(self) -> str:

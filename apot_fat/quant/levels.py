@@ -14,7 +14,7 @@ from math import gcd
 import torch
 
 MAX_BITS = 8
-_MAX_TABLE_DENOMINATOR = 1 << 12  # PoT above 3 bits has larger ones; its table would be mostly one value
+_MAX_TABLE_DENOMINATOR = 1 << 14  # PoT above 4 bits has larger ones; its table would be mostly one value
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class LevelSet:
         numerators: rising integers, the first 0, the last ``denominator``; dimensionless.
         denominator: positive integer d.
 
-    ``levels`` are the n / d as correctly rounded Python floats, shape (L,); ``thresholds`` the t_i, shape (L − 1,).
+    ``levels`` are the n / d as correctly rounded Python floats, shape (L,); ``thresholds`` the t_i, shape (L − 1,);
+    ``float_numerators`` and ``steps`` the numerators and the denominator as floats.
 
     Raises:
         ValueError: numerators that do not rise strictly from 0 to the denominator.
@@ -43,9 +44,12 @@ class LevelSet:
 
     numerators: tuple[int, ...]
     denominator: int
-    # derived here and not when first asked for: torch.compile traces through code that reads them
+    # derived here and not when first asked for: torch.compile traces through code that reads them; and as floats, since
+    # of integers it makes arguments of the kernel
     levels: tuple[float, ...] = field(init=False, repr=False, compare=False)
     thresholds: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    float_numerators: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    steps: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         n = self.numerators
@@ -55,6 +59,8 @@ class LevelSet:
             )
         object.__setattr__(self, "levels", tuple(a / self.denominator for a in n))
         object.__setattr__(self, "thresholds", tuple((a + b) / (2 * self.denominator) for a, b in pairwise(n)))
+        object.__setattr__(self, "float_numerators", tuple(map(float, n)))
+        object.__setattr__(self, "steps", float(self.denominator))
 
     def __len__(self) -> int:
         return len(self.numerators)
@@ -78,6 +84,11 @@ class LevelSet:
     def has_table(self) -> bool:
         """Whether the denominator is small enough for the exact look-up table."""
         return self.denominator <= _MAX_TABLE_DENOMINATOR
+
+    @property
+    def fits_byte(self) -> bool:
+        """Whether the numerators fit into a byte."""
+        return self.denominator <= 255
 
     @cached_property
     def cell_codes(self) -> tuple[int, ...]:

@@ -1,8 +1,9 @@
-"""Convolution and linear layer of a quantized input that remember the input, not its quantized copy.
+"""Convolution and linear layer of a quantized input that remember the input and its levels, not its quantized copy.
 
 The input is another layer's output and mostly kept for that layer's backward anyway; its quantized copy is not. Made
-again in backward, it costs one pass over memory instead of a third more memory in a whole network. Under torch.compile
-the compiler decides what to remember, and the layers compose the plain functions.
+again in backward from a byte an element (or from the input itself where the levels do not fit into bytes), it costs a
+light pass over memory instead of a third more memory in a whole network. Under torch.compile the compiler decides what
+to remember, and the layers compose the plain functions.
 
 Legend: x_q the quantized input, w_q the quantized weight, g the upstream gradient.
 """
@@ -16,10 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from apot_fat.quant.fake_quant import activation_backward, activation_forward
+from apot_fat.quant.fake_quant import (
+    activation_backward,
+    activation_backward_from_codes,
+    activation_forward,
+    activation_forward_with_codes,
+    activation_from_codes,
+    has_codes,
+)
 from apot_fat.quant.kernels import run
 from apot_fat.quant.levels import LevelSet
-from apot_fat.quant.spec import ActAlphaGradient, ActClip
+from apot_fat.quant.spec import ActAlphaGradient, InputClip
 
 REMEMBER_ELEMENTS = 1 << 18
 """Inputs of at least this many elements are remembered instead of their quantized copies."""
@@ -29,7 +37,7 @@ class ActSettings(NamedTuple):
     """The constants of ``quantize_activation``."""
 
     levels: LevelSet
-    clip: ActClip
+    clip: InputClip
     alpha_gradient: ActAlphaGradient
     grad_scale: float
 
@@ -60,7 +68,10 @@ def quantized_product(
 
     Gradient: that of the plain composition, from x_q made again.
     """
-    return _QuantizedProduct.apply(x, alpha, w_q, bias, act, conv)
+    if torch.is_grad_enabled():
+        return _QuantizedProduct.apply(x, alpha, w_q, bias, act, conv)
+    (x_q,) = run(activation_forward, (x,), (alpha,), act.levels, act.clip, into=x.dtype)
+    return _product(x_q, w_q, bias, conv)
 
 
 class _QuantizedProduct(torch.autograd.Function):
@@ -74,9 +85,13 @@ class _QuantizedProduct(torch.autograd.Function):
         act: ActSettings,
         conv: ConvSettings | None,
     ) -> Tensor:
-        (x_q,) = run(activation_forward, (x,), (alpha,), act.levels, act.clip)
-        y = F.linear(x_q, w_q, bias) if conv is None else F.conv2d(x_q, w_q, bias, *conv)
-        ctx.save_for_backward(x, alpha, w_q)
+        settings = act.levels, act.clip
+        if has_codes(*settings):
+            x_q, codes = run(activation_forward_with_codes, (x,), (alpha,), *settings, into=x.dtype)
+        else:
+            (x_q,), codes = run(activation_forward, (x,), (alpha,), *settings, into=x.dtype), None
+        y = _product(x_q, w_q, bias, conv)
+        ctx.save_for_backward(x, codes, alpha, w_q)
         ctx.act, ctx.conv = act, conv
         ctx.bias_type = None if bias is None else bias.dtype
         ctx.product_type = y.dtype  # autocast may have lowered it
@@ -85,18 +100,25 @@ class _QuantizedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, alpha, w_q = ctx.saved_tensors
+        x, codes, alpha, w_q = ctx.saved_tensors
         act, conv = ctx.act, ctx.conv
         needs_x, needs_alpha, needs_w, needs_bias = ctx.needs_input_grad[:4]
-        (x_q,) = run(activation_forward, (x,), (alpha,), act.levels, act.clip)
+        if codes is None:
+            (x_q,) = run(activation_forward, (x,), (alpha,), act.levels, act.clip, into=x.dtype)
+        else:
+            (x_q,) = run(activation_from_codes, (codes,), (alpha,), act.levels, x.dtype, into=x.dtype)
         operands = grad, x_q.to(ctx.product_type), w_q.to(ctx.product_type)
         needs = [needs_x or needs_alpha, needs_w, needs_bias]
         grads = _linear_backward(*operands, needs) if conv is None else _conv_backward(*operands, conv, needs)
         grad_x_q, grad_w, grad_bias = grads
         grad_x = grad_alpha = None
         if grad_x_q is not None:
-            tensors = grad_x_q.to(x.dtype), x_q, x
-            grad_x, grad_alpha = run(activation_backward, tensors, (alpha,), *act[1:])
+            grad_x_q = grad_x_q.to(x.dtype)  # held by nobody else, so that it can be overwritten
+            if codes is None:
+                grad_x, grad_alpha = run(activation_backward, (grad_x_q, x_q, x), (alpha,), *act[1:], into=grad_x_q)
+            else:
+                tensors = grad_x_q, codes, x
+                grad_x, grad_alpha = run(activation_backward_from_codes, tensors, (alpha,), *act, into=grad_x_q)
         return (
             grad_x,
             grad_alpha,
@@ -105,6 +127,10 @@ class _QuantizedProduct(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _product(x_q: Tensor, w_q: Tensor, bias: Tensor | None, conv: ConvSettings | None) -> Tensor:
+    return F.linear(x_q, w_q, bias) if conv is None else F.conv2d(x_q, w_q, bias, *conv)
 
 
 def _conv_backward(

@@ -16,6 +16,8 @@ WeightNorm = Literal["standardize", "center", "none"]
 WeightGradient = Literal["calibrated", "clipped"]
 ActClip = Literal["above", "both"]
 ActAlphaGradient = Literal["full", "clipped-only"]
+InputClip = Literal["above", "both", "relu"]
+"""``ActClip``, or the ReLU before it in the same pass."""
 KernelChoice = Literal["auto", "compiled", "eager"]
 
 

@@ -6,9 +6,10 @@ import warnings
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apot_fat.quant.kernels import compiler_works, set_kernels
+from apot_fat.quant.layers import kept_weights
 from apot_fat.quant.spec import KernelChoice
 
 _KERNELS: dict[str, KernelChoice] = {"off": "eager", "quantizers": "compiled", "model": "compiled"}
@@ -34,6 +35,15 @@ def compile_network(model: nn.Module, mode: str, device: torch.device) -> nn.Mod
         return model
     # FAT's Fourier transforms are library calls in any case
     warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex operators")
-    return cast(
-        nn.Module, torch.compile(model, fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else None)
-    )
+    return _CompiledNetwork(model, "reduce-overhead" if device.type == "cuda" else None)
+
+
+class _CompiledNetwork(nn.Module):
+    def __init__(self, model: nn.Module, mode: str | None) -> None:
+        super().__init__()
+        self.model = model
+        self.graph = torch.compile(model, fullgraph=True, mode=mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with kept_weights(self.model):
+            return cast(Tensor, self.graph(x))

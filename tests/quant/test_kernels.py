@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from apot_fat import QuantConv2d, QuantLinear, preset
-from apot_fat.models import create_model
+from apot_fat.models import create_model, list_models
+from apot_fat.models.registry import find_architecture
 from apot_fat.quant import EightBitConv2d, level_set, quantize_activation, quantize_weight
 from apot_fat.quant.kernels import get_kernels, set_kernels
+from apot_fat.quant.layers import kept_weights
+from apot_fat.quant.spec import PRESETS
 
 
 @pytest.fixture
@@ -75,24 +78,70 @@ def test_a_network_compiles_without_graph_breaks(name: str, bits: int) -> None:
         torch.testing.assert_close(parameter.grad, grad, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("from_elements", [0, 10**6])
+@pytest.mark.parametrize("kernels", ["eager", "compiled"])
+@pytest.mark.parametrize(("name", "from_elements", "bytes_kept"), [
+    ("apot-cifar", 0, 4 + 1),  # the input and a byte a level
+    ("fat-cifar", 0, 4),  # negative levels have no byte: made again from the input
+    ("apot-cifar", 10**6, 4 + 4),
+])  # fmt: skip
 def test_a_large_input_is_kept_for_backward_and_not_its_quantized_copy(
-    from_elements: int, monkeypatch: pytest.MonkeyPatch
+    name: str, from_elements: int, bytes_kept: int, kernels: str, monkeypatch: pytest.MonkeyPatch, compiled: None
 ) -> None:
+    set_kernels(kernels)
     monkeypatch.setattr("apot_fat.quant.layers.REMEMBER_ELEMENTS", from_elements)
-    layer = QuantConv2d(4, 4, 3, padding=1, spec=preset("apot-cifar"))
+    layer = QuantConv2d(4, 4, 3, padding=1, spec=preset(name))
     x = torch.rand(2, 4, 8, 8, requires_grad=True)
-    large: list[torch.Tensor] = []
+    kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        large.extend([tensor] if tensor.numel() == x.numel() else [])
+        if tensor.numel() == x.numel():
+            kept[tensor.data_ptr()] = tensor.element_size()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         layer(x)
-    addresses = {tensor.data_ptr() for tensor in large}
-    assert x.data_ptr() in addresses
-    assert len(addresses) == (1 if from_elements == 0 else 2)
+    assert x.data_ptr() in kept
+    assert sum(kept.values()) == bytes_kept
+
+
+@pytest.mark.parametrize("kernels", ["eager", "compiled"])
+@pytest.mark.parametrize(("name", "bits"), [("apot-cifar", 4), ("fat-cifar", 3), ("apot-imagenet-pot", 5)])
+def test_relu_and_stride_in_the_quantizer_s_pass(name: str, bits: int, kernels: str, compiled: None) -> None:
+    set_kernels(kernels)
+    layer = QuantConv2d(4, 6, 1, stride=(2, 3), spec=preset(name, bits=bits), relu=True)
+    x = torch.randn(2, 4, 7, 8).to(memory_format=torch.channels_last)
+    x[0, 0, 0, 0], x[0, 1, 0, 0], x[0, 2, 0, 0] = 0.0, 20.0, -0.01
+    results = []
+    for plain in (True, False):
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        layer.relu = not plain
+        if plain:
+            x_q = layer.quantized_input(nn.functional.relu(leaf))
+            y = nn.functional.conv2d(x_q, layer.quantized_weight(), stride=(2, 3))
+        else:
+            y = layer(leaf)
+        y.square().sum().backward()
+        results.append([y.detach(), leaf.grad, *[parameter.grad for parameter in layer.parameters()]])
+    for plainly, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plainly, atol=1e-6, rtol=1e-5)
+    float_layer = QuantConv2d(4, 6, 1, spec=preset(name, bits=32), relu=True)
+    expected = nn.functional.conv2d(nn.functional.relu(x), float_layer.weight)
+    torch.testing.assert_close(float_layer(x), expected)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_scratch_memory_shows_in_no_result() -> None:
+    spec = preset("apot-cifar", bits=3)
+    small, large = (QuantConv2d(3, 3, 3, padding=1, spec=spec).eval() for _ in range(2))
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        quantized, first = small.quantized_input(x), small(x)
+        before = quantized.clone(), first.clone()
+        large(torch.randn(4, 3, 9, 9))
+        again = small(x)
+    torch.testing.assert_close((quantized, first), before, atol=0, rtol=0)
+    torch.testing.assert_close(again, first, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -157,6 +206,23 @@ def test_a_weight_is_quantized_once_in_evaluation() -> None:
         assert eight.quantized_weight() is eight.quantized_weight()
 
 
+def test_a_compiled_network_takes_kept_weights_only_while_they_are_current() -> None:
+    torch.compiler.reset()
+    layer = QuantConv2d(2, 3, 3, spec=preset("apot-cifar", bits=3)).eval()
+    graph = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.rand(1, 2, 5, 5)
+    with torch.no_grad():
+        for _ in range(2):
+            with kept_weights(layer):
+                inside = graph(x)
+                kept = layer._kept
+                assert layer.quantized_weight() is kept[0]  # type: ignore[index]
+            torch.testing.assert_close(inside, layer(x))
+            layer.weight.mul_(-1)  # neither train() nor eval() tells
+            torch.testing.assert_close(graph(x), layer(x))
+            assert not torch.allclose(graph(x), inside)
+
+
 def test_a_network_evaluates_alike_before_and_after_training() -> None:
     model = create_model("resnet20", "apot-cifar", 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -170,6 +236,18 @@ def test_a_network_evaluates_alike_before_and_after_training() -> None:
         fresh = copy.deepcopy(model)(x)
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, fresh, atol=0, rtol=0)
+
+
+@pytest.mark.slow  # the suite compiles one network a family
+@pytest.mark.parametrize(
+    ("network", "name"), [*((network, None) for network in list_models()), *(("resnet20", name) for name in PRESETS)]
+)
+def test_every_network_and_preset_is_one_graph(network: str, name: str | None) -> None:
+    torch.compiler.reset()
+    model = create_model(network, name, 4, num_classes=3)
+    graph = torch.compile(model, fullgraph=True, backend="eager")
+    size = 32 if name or find_architecture(network).dataset == "cifar10" else 64
+    assert graph(torch.randn(2, 3, size, size)).shape == (2, 3)
 
 
 def test_bad_choice() -> None:
