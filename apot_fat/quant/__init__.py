@@ -1,5 +1,6 @@
 """Quantization: levels → fake quantization → frequency transform → layers. Needs torch alone."""
 
+from apot_fat.quant.convert import Conversion, ConvertedLayer, dequantize, fit_threshold, quantize
 from apot_fat.quant.fake_quant import ALPHA_FLOOR, eight_bit_weight, project, quantize_activation, quantize_weight
 from apot_fat.quant.frequency import frequency_transform, weight_deactivate_freq
 from apot_fat.quant.kernels import get_kernels, set_kernels
@@ -30,6 +31,8 @@ __all__ = [
     "ALPHA_FLOOR",
     "FLOAT_BITS",
     "PRESETS",
+    "Conversion",
+    "ConvertedLayer",
     "EightBitConv2d",
     "EightBitLinear",
     "LayerClipping",
@@ -40,7 +43,9 @@ __all__ = [
     "apot_levels",
     "build_power_value",
     "clipping_table",
+    "dequantize",
     "eight_bit_weight",
+    "fit_threshold",
     "frequency_transform",
     "get_kernels",
     "keep_thresholds_positive",
@@ -50,6 +55,7 @@ __all__ = [
     "preset",
     "project",
     "quant_layers",
+    "quantize",
     "quantize_activation",
     "quantize_weight",
     "set_bits",

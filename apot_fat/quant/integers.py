@@ -1,4 +1,4 @@
-"""Quantized operands as integers: w_q = α n / d and x_q = α n / d, with the numerators n and denominator d of the levels.
+"""Quantized operands as integers: w_q = α n / d and x_q = α n / d, n and d as in the level set.
 
 What packing stores, integer inference multiplies and an ONNX file holds.
 """

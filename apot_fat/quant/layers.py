@@ -127,6 +127,8 @@ class _QuantLayer(_KeepsWeight):
     act_alpha: nn.Parameter | None
     transform: nn.Parameter | None
     relu: bool
+    fixed_bits = False
+    """Whether ``set_bits`` leaves this layer alone."""
 
     def _init_quantizers(self, spec: QuantSpec, relu: bool) -> None:
         self.relu = relu
@@ -198,6 +200,10 @@ class _QuantLayer(_KeepsWeight):
         if self.act_alpha is None or self._act_set is None:
             return F.relu(x) if self.relu else x
         spec = self.spec
+        if spec.act_signed:
+            x = F.relu(x) if self.relu else x
+            scale = spec.grad_scale or 1.0
+            return quantize_weight(x, self.act_alpha, self._act_set, clip_gradient=True, grad_scale=scale)
         return quantize_activation(
             x,
             self.act_alpha,
@@ -208,9 +214,9 @@ class _QuantLayer(_KeepsWeight):
         )
 
     def _quantized_product(self, x: Tensor, bias: Tensor | None, conv: ConvSettings | None) -> Tensor | None:
-        # None where the plain composition does as well: a float input, an input so small that keeping its quantized
-        # copy for backward costs less than making it again, or a compiler that decides itself
-        if self.act_alpha is None or self._act_set is None or torch.compiler.is_compiling():
+        # None where the plain composition does as well: a float or signed input, an input so small that keeping its
+        # quantized copy for backward costs less than making it again, or a compiler that decides itself
+        if self.act_alpha is None or self._act_set is None or torch.compiler.is_compiling() or self.spec.act_signed:
             return None
         if torch.is_grad_enabled() and x.numel() < REMEMBER_ELEMENTS:
             return None
@@ -422,6 +428,8 @@ def show_params(model: nn.Module) -> None:
 def set_bits(model: nn.Module, bits: int) -> nn.Module:
     """Set weight and activation bits of every quantized layer in place, keeping weights and thresholds.
 
+    Layers whose bits were given to ``quantize`` by name keep them.
+
     Args:
         model: any network that holds ``QuantConv2d`` or ``QuantLinear``.
         bits: 2 to 8, or 32. Make the optimiser afterwards: from 32 bits the thresholds are new parameters.
@@ -435,8 +443,12 @@ def set_bits(model: nn.Module, bits: int) -> nn.Module:
     check_bits(bits)
     layers = [layer for _, layer in quant_layers(model)]
     if not layers:
-        raise ValueError(f"{type(model).__name__} holds no QuantConv2d or QuantLinear: build it from them first")
+        raise ValueError(
+            f"{type(model).__name__} holds no QuantConv2d or QuantLinear: build it from them, or quantize it"
+        )
     for layer in layers:
+        if layer.fixed_bits:
+            continue
         layer.spec = layer.spec.with_bits(bits)
     return model
 

@@ -33,6 +33,8 @@ class QuantSpec:
         transform: FAT's frequency transform of the normalised weight.
         weight_gradient: ``calibrated`` passes ∂L/∂ŵ whole, ``clipped`` only where |u| ≤ 1. 2-bit weights are always
             calibrated.
+        act_signed: whether inputs may be negative: levels then stand for magnitudes, one bit is spent on the sign, and
+            the input is quantized as a weight is, with the ``clipped`` gradient. Not with ``clipped-only``.
         act_clip: ``both`` clips the input to [0, 1] · α; ``above`` only at α, and passes the gradient of negatives.
         act_alpha_gradient: ``full`` Σ g (1[u > 1] + (q − u) 1[u ≤ 1]); ``clipped-only`` Σ g 1[u > 1].
         grad_scale: factor on both threshold gradients, > 0; None is 1.
@@ -51,6 +53,7 @@ class QuantSpec:
     weight_norm_gradient: bool = False
     transform: bool = False
     weight_gradient: WeightGradient = "calibrated"
+    act_signed: bool = False
     act_clip: ActClip = "above"
     act_alpha_gradient: ActAlphaGradient = "full"
     grad_scale: float | None = None
@@ -71,6 +74,8 @@ class QuantSpec:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if self.act_signed and self.act_alpha_gradient == "clipped-only":
+            raise ValueError("act_signed with act_alpha_gradient 'clipped-only': choose 'full' for signed inputs")
         for name in ("weight_alpha", "act_alpha", "grad_scale"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -83,8 +88,8 @@ class QuantSpec:
 
     @property
     def act_set(self) -> LevelSet:
-        """Levels of the activation: b bits of its family."""
-        return level_set(self.act_levels, self.act_bits)
+        """Levels of the activation: b bits of its family; of its magnitude b − 1 bits, if it is signed."""
+        return level_set(self.act_levels, self.act_bits - self.act_signed)
 
     @property
     def clips_weight_gradient(self) -> bool:
@@ -145,7 +150,7 @@ def preset(name: str, bits: int = 4, **overrides: Any) -> QuantSpec:
 
 def check_bits(bits: int, name: str = "bits") -> None:
     """Raise ``ValueError`` unless ``bits`` is 2 to 8 or 32."""
-    if isinstance(bits, bool) or bits not in (*LOW_BITS, FLOAT_BITS):
+    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in (*LOW_BITS, FLOAT_BITS):
         raise ValueError(f"{name} {bits!r}: choose an integer from {LOW_BITS[0]} to {LOW_BITS[-1]}, or {FLOAT_BITS}")
 
 

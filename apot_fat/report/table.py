@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from apot_fat.text import aligned
 from apot_fat.training.run import LAST, RunSummary, summarize
 
 
@@ -31,18 +32,3 @@ def runs_table(runs: Sequence[RunSummary]) -> str:
         for run in runs
     ]
     return aligned(head, rows, left=("network", "method", "thresholds"))
-
-
-def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
-    """Rows under a head, columns padded; those named in ``left`` to the left, the others to the right."""
-    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (
-            cell.ljust(width) if name in left else cell.rjust(width)
-            for name, cell, width in zip(head, cells, widths, strict=True)
-        )
-        return "  ".join(padded).rstrip()
-
-    rule = "  ".join("─" * width for width in widths)
-    return "\n".join([line(head), rule, *(line(row) for row in rows)])
