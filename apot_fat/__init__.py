@@ -1,6 +1,6 @@
 """apot-fat: train, evaluate and ship networks with 2- to 5-bit weights and activations (APoT and FAT)."""
 
-from apot_fat.checkpoint import load_weights
+from apot_fat.checkpoint import load_packed, load_weights, save_packed
 from apot_fat.quant import (
     LevelSet,
     QuantConv2d,
@@ -30,10 +30,12 @@ __all__ = [
     "build_power_value",
     "clipping_table",
     "dequantize",
+    "load_packed",
     "load_weights",
     "pot_levels",
     "preset",
     "quantize",
+    "save_packed",
     "set_bits",
     "show_params",
     "uniform_levels",

@@ -155,7 +155,16 @@ def create_model(
     classes = num_classes or (10 if architecture.dataset == "cifar10" else 1000)
     if classes < 1:
         raise ValueError(f"num_classes {num_classes}: must be at least 1")
-    return architecture.build(LayerMaker(spec), classes)
+    model = architecture.build(LayerMaker(spec), classes)
+    # how to build it again: what a packed file says of its network
+    model.created_as = {  # type: ignore[assignment]
+        "name": architecture.name,
+        "preset": preset or default_preset(name),
+        "bits": bits,
+        "num_classes": classes,
+        **overrides,
+    }
+    return model
 
 
 def _key(name: str) -> str:

@@ -1,6 +1,7 @@
 """Checkpoints: published formats and ours."""
 
 from apot_fat.checkpoint.files import atomic_write, read_checkpoint, write_checkpoint
+from apot_fat.checkpoint.packed import load_packed, save_packed
 from apot_fat.checkpoint.released import TORCHVISION, Released, fetch_released, read_manifest, torchvision_weights
 from apot_fat.checkpoint.weights import best_accuracy, checkpoint_thresholds, load_weights, num_outputs, state_dict_of
 
@@ -11,10 +12,12 @@ __all__ = [
     "best_accuracy",
     "checkpoint_thresholds",
     "fetch_released",
+    "load_packed",
     "load_weights",
     "num_outputs",
     "read_checkpoint",
     "read_manifest",
+    "save_packed",
     "state_dict_of",
     "torchvision_weights",
     "write_checkpoint",

@@ -1,0 +1,308 @@
+"""Networks in low-bit files: one safetensors file with b bits a weight.
+
+A file holds, for every quantized layer, the codes of its weight packed to the bit (``<layer>.weight``, uint8); all
+float32 leftovers (thresholds, biases, norms) one after the other (``float32``); anything else under its own name. Its
+metadata say which layer is quantized how, where each leftover lies, and how to build the network if it is one of
+``list_models()``. A code is the index of a level among the signed ones, from the most negative up.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from apot_fat.checkpoint.files import atomic_write
+from apot_fat.models import create_model
+from apot_fat.quant.convert import convert_layer
+from apot_fat.quant.fake_quant import positive
+from apot_fat.quant.integers import EIGHT_BIT_DENOMINATOR, integer_weight
+from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
+from apot_fat.quant.spec import FLOAT_BITS, QuantSpec
+
+FORMAT = "apot-fat packed"
+VERSION = 1
+_FLOATS = "float32"
+_MAX_INDEX_BYTES = 1 << 26
+
+
+class _Plan(NamedTuple):
+    """A layer of a packed file; no spec means an 8-bit weight, no weight that it lies among the leftovers."""
+
+    spec: QuantSpec | None
+    relu: bool
+    fixed_bits: bool
+    shape: tuple[int, ...]
+    weight: Tensor | None
+
+
+_Quantized = QuantConv2d | QuantLinear | EightBitConv2d | EightBitLinear
+
+
+def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
+    """Write a network to a packed file, atomically.
+
+    Args:
+        model: any network with quantized layers; what else it holds stays float.
+        path: the file, ``.safetensors`` by custom.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        ValueError: no quantized layer, two that share one weight, or powers of two over more than 2^31; nothing is
+            then written.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _Quantized)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no quantized layer: there is nothing to pack")
+    weights = [id(module.weight) for module in layers.values()]
+    if len(set(weights)) < len(weights):
+        raise ValueError(f"{type(model).__name__}: two quantized layers share one weight, which cannot be packed")
+    tensors: dict[str, Tensor] = {}
+    described: dict[str, dict[str, Any]] = {}
+    for name, module in layers.items():
+        codes, described[name] = _pack_layer(module)
+        if codes is not None:
+            tensors[f"{name}.weight"] = codes
+    floats: dict[str, list[int]] = {}
+    blob = []
+    for name, tensor in _left_over(model, layers, tensors).items():
+        if tensor.dtype == torch.float32:
+            floats[name] = list(tensor.shape)
+            blob.append(tensor.flatten())
+        else:
+            tensors[name] = tensor.contiguous()
+    tensors[_FLOATS] = torch.cat([torch.empty(0), *blob])
+    index = {"layers": described, "floats": floats, "network": getattr(model, "created_as", None)}
+    packed = base64.b85encode(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)).decode()
+    metadata = {"format": FORMAT, "version": str(VERSION), "index": packed}
+    with atomic_write(path) as temporary:
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, temporary, metadata)
+        return temporary.stat().st_size
+
+
+def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Read a network from a packed file.
+
+    Its outputs are those of the network that was saved, to the bit. Its weights are the quantized ones, no longer
+    normalised or transformed; it can be trained on.
+
+    Args:
+        path: a file of ``save_packed``.
+        model: the float network to fill, for one that is not in ``list_models()``: built as it was before
+            ``quantize``, or quantized.
+
+    Returns:
+        The network, in evaluation mode.
+
+    Raises:
+        ValueError: no such file, no packed file or a damaged one, or one of another network; a given network is then
+            unchanged.
+    """
+    path = Path(path)
+    tensors, index = _read(path)
+    try:
+        codes = {name: tensors.pop(f"{name}.weight") for name in index["layers"] if f"{name}.weight" in tensors}
+        state = tensors | _split(tensors.pop(_FLOATS), index["floats"])
+        plans = {
+            name: _unpack_layer(entry, codes.get(name), state.get(f"{name}.weight_alpha"))
+            for name, entry in index["layers"].items()
+        }
+        network = index["network"]
+    except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError, ValueError) as error:
+        raise ValueError(f"packed file {path}: its metadata do not fit its contents ({error})") from error
+    if model is None:
+        if not isinstance(network, Mapping):
+            raise ValueError(f"packed file {path}: its network is not one of list_models(): give one to fill as model")
+        try:
+            model = create_model(**network)
+        except TypeError as error:
+            raise ValueError(f"packed file {path}: its metadata are damaged") from error
+    _check_fit(path, model, plans, state)
+    for name, plan in plans.items():
+        _set_layer(model.get_submodule(name), plan)
+    with torch.no_grad():
+        own = model.state_dict()
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+    return model.eval()
+
+
+def _pack_layer(module: nn.Module) -> tuple[Tensor | None, dict[str, Any]]:
+    """Packed codes, or None for a float weight; and what to say of the layer."""
+    integers = integer_weight(module)
+    weight = cast(Tensor, module.weight)
+    entry: dict[str, Any] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
+    if isinstance(module, EightBitConv2d | EightBitLinear):
+        if integers is None:
+            return None, {"shape": entry["shape"]}
+        lowest, highest = integers.numerators.aminmax()
+        entry |= {"offset": int(lowest), "bits": max(1, int(highest - lowest).bit_length())}
+        entry["scale"] = float(integers.scale)
+        return pack_bits(integers.numerators - lowest, entry["bits"]), entry
+    assert isinstance(module, QuantConv2d | QuantLinear)
+    spec = replace(module.spec, weight_norm="none", weight_norm_gradient=False, transform=False)
+    entry |= {"spec": asdict(spec), "relu": module.relu, "fixed_bits": module.fixed_bits}
+    if integers is None:
+        return None, entry
+    magnitudes = torch.tensor(spec.weight_set.numerators, device=integers.numerators.device)
+    codes = torch.bucketize(integers.numerators.abs(), magnitudes) * integers.numerators.sign() + len(magnitudes) - 1
+    return pack_bits(codes, spec.weight_bits), entry
+
+
+def _unpack_layer(entry: dict[str, Any], codes: Tensor | None, alpha: Tensor | None) -> _Plan:
+    shape = tuple(entry["shape"])
+    count = prod(shape)
+    spec = QuantSpec(**entry["spec"]) if "spec" in entry else None
+    plan = _Plan(spec, entry.get("relu") is True, entry.get("fixed_bits") is True, shape, None)
+    if "offset" not in entry if spec is None else spec.weight_bits == FLOAT_BITS:
+        return plan
+    bits = spec.weight_bits if spec is not None else int(entry["bits"])
+    dtype = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}[
+        entry["dtype"]
+    ]
+    if codes is None or codes.dtype != torch.uint8 or codes.dim() != 1 or not 1 <= bits <= 16:
+        raise ValueError("a layer has no packed weight")
+    if not all(isinstance(size, int) and size >= 0 for size in shape) or codes.numel() != -(-count * bits // 8):
+        raise ValueError(f"{codes.numel()} bytes for a weight of shape {shape} and {bits} bits")
+    values = unpack_bits(codes, bits, count)
+    if spec is None:
+        weight = (values + int(entry["offset"])).to(dtype) / EIGHT_BIT_DENOMINATOR * float(entry["scale"])
+        return plan._replace(weight=weight.view(shape))
+    if alpha is None or alpha.dim():
+        raise ValueError("a layer has no threshold")
+    levels = spec.weight_set.tensor(torch.promote_types(dtype, torch.float32))
+    signed = torch.cat([-levels.flip(0)[:-1], levels])
+    if count and int(values.max()) >= len(signed):
+        raise ValueError(f"code {int(values.max())} of {len(signed)} levels")
+    return plan._replace(weight=(signed[values] * alpha.to(signed.dtype)).to(dtype).view(shape))
+
+
+def _check_fit(path: Path, model: nn.Module, plans: Mapping[str, _Plan], state: Mapping[str, Tensor]) -> None:
+    modules = dict(model.named_modules())
+    for name, plan in plans.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Conv2d | nn.Linear) or tuple(module.weight.shape) != plan.shape:
+            found = "nothing" if module is None else type(module).__name__
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                found += f" of shape {tuple(module.weight.shape)}"
+            raise ValueError(
+                f"packed file {path}: layer {name!r} has the shape {plan.shape}, the network has {found} there"
+            )
+    thresholds = {f"{name}.{kind}" for name in plans for kind in ("weight_alpha", "act_alpha", "transform")}
+    expected = {name: tensor.shape for name, tensor in _unique_state(model).items() if name not in thresholds}
+    for name, plan in plans.items():
+        if plan.weight is not None:
+            expected.pop(f"{name}.weight", None)
+    given = {name: tensor.shape for name, tensor in state.items() if name not in thresholds}
+    for name in (*expected, *given):
+        if expected.get(name) != given.get(name):
+            raise ValueError(
+                f"packed file {path}: {name!r} is {_shape(given, name)}, in the network {_shape(expected, name)}"
+            )
+    for name, plan in plans.items():
+        for kind, bits in (
+            ("weight_alpha", plan.spec and plan.spec.weight_bits),
+            ("act_alpha", plan.spec and plan.spec.act_bits),
+        ):
+            wanted = bits is not None and bits != FLOAT_BITS
+            if wanted != (f"{name}.{kind}" in state):
+                raise ValueError(f"packed file {path}: {name}.{kind} is {'missing' if wanted else 'left over'}")
+
+
+def _set_layer(module: nn.Module, plan: _Plan) -> None:
+    convert_layer(module, plan.spec)
+    if isinstance(module, QuantConv2d | QuantLinear):
+        module.relu, module.fixed_bits = plan.relu, plan.fixed_bits
+    if plan.weight is not None:
+        with torch.no_grad():
+            module.weight.copy_(plan.weight)  # type: ignore[operator]
+
+
+def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:
+    return f"of shape {tuple(shapes[name])}" if name in shapes else "missing"
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes as bytes: the lowest bit first, no gaps.
+
+    Args:
+        codes: integers from 0 to 2^bits − 1, any shape, taken row by row.
+        bits: 1 to 16.
+
+    Returns:
+        uint8, shape (ceil(codes · bits / 8),).
+    """
+    rows = codes.flatten().cpu().numpy().astype(np.uint16)[:, None] >> np.arange(bits, dtype=np.uint16)
+    return torch.from_numpy(np.packbits((rows & 1).astype(np.uint8), bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The codes of ``pack_bits``: int64, shape (count,)."""
+    rows = np.unpackbits(packed.numpy(), bitorder="little")[: count * bits].reshape(count, bits)
+    return torch.from_numpy(rows.astype(np.int64) @ (1 << np.arange(bits, dtype=np.int64)))
+
+
+def _unique_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the further names of what is shared."""
+    return {
+        name: tensor for tensor, name in {t: n for n, t in reversed(model.state_dict(keep_vars=True).items())}.items()
+    }
+
+
+def _left_over(model: nn.Module, layers: Mapping[str, nn.Module], packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    left = {}
+    for name, tensor in _unique_state(model).items():
+        owner = layers.get(name.rpartition(".")[0])
+        if name in packed or (owner is not None and name.endswith(".transform")):
+            continue
+        is_alpha = owner is not None and name.endswith(("weight_alpha", "act_alpha"))
+        left[name] = (positive(tensor) if is_alpha else tensor).detach().cpu()
+    return left
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"packed file {path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"packed file {path}: not written by save_packed")
+            if metadata.get("version") != str(VERSION):
+                raise ValueError(f"packed file {path}: version {metadata.get('version')}, this package reads {VERSION}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"packed file {path}: not a safetensors file, or damaged ({error})") from error
+    try:
+        inflate = zlib.decompressobj()
+        text = inflate.decompress(base64.b85decode(metadata["index"]), _MAX_INDEX_BYTES)
+        index = json.loads(text)
+        if inflate.unconsumed_tail or not isinstance(index, dict):
+            raise ValueError
+    except (KeyError, ValueError, zlib.error, RecursionError) as error:
+        raise ValueError(f"packed file {path}: its metadata are damaged") from error
+    if not isinstance(index.get("layers"), dict) or not isinstance(index.get("floats"), dict) or _FLOATS not in tensors:
+        raise ValueError(f"packed file {path}: its metadata are damaged")
+    return tensors, index
+
+
+def _split(blob: Tensor, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    sizes = [prod(shape) for shape in shapes.values()]
+    if blob.dtype != torch.float32 or blob.dim() != 1 or sum(sizes) != blob.numel() or any(size < 0 for size in sizes):
+        raise ValueError(f"{blob.numel()} float values for {sum(sizes)} in its metadata")
+    parts = blob.split(sizes)
+    return {name: part.view(tuple(shape)) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
