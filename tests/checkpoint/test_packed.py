@@ -80,10 +80,10 @@ def test_a_weight_without_a_positive_maximum_and_a_negative_threshold(tmp_path: 
     model = create_model("resnet20", "apot-cifar", 3)
     with torch.no_grad():
         model.conv1.weight.abs_().neg_()  # type: ignore[union-attr,operator]
-        model.fc.weight[0, 0] = -50.0  # type: ignore[union-attr,index,operator]
+        model.fc.weight[0, 0] = -50.0  # type: ignore[union-attr,operator]
         for layer in model.modules():
             if getattr(layer, "act_alpha", None) is not None:
-                layer.act_alpha.neg_()  # type: ignore[union-attr,operator]
+                layer.act_alpha.neg_()  # type: ignore[operator]
                 break
     x = torch.rand(2, 3, 8, 8)
     save_packed(model, tmp_path / "a.safetensors")

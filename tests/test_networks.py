@@ -1,0 +1,78 @@
+"""Networks of torchvision and timm, converted, trained a step, packed and exported: python -m pytest -m slow -s."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from apot_fat import load_packed, quantize, save_packed
+
+timm = pytest.importorskip("timm")
+
+
+def of_torchvision(name: str, **options: object) -> Callable[[], nn.Module]:
+    return lambda: torchvision.models.get_model(name, weights=None, num_classes=10, **options)
+
+
+def of_timm(name: str, **options: object) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name, pretrained=False, num_classes=10, **options)
+
+
+NETWORKS = {
+    "resnet18": of_torchvision("resnet18"),
+    "resnext50_32x4d": of_torchvision("resnext50_32x4d"),
+    "vgg11_bn": of_torchvision("vgg11_bn"),
+    "densenet121": of_torchvision("densenet121"),
+    "mobilenet_v2": of_torchvision("mobilenet_v2"),
+    "mobilenet_v3_small": of_torchvision("mobilenet_v3_small"),
+    "efficientnet_b0": of_torchvision("efficientnet_b0"),
+    "regnet_y_400mf": of_torchvision("regnet_y_400mf"),
+    "shufflenet_v2_x1_0": of_torchvision("shufflenet_v2_x1_0"),
+    "squeezenet1_1": of_torchvision("squeezenet1_1"),
+    "convnext_tiny": of_torchvision("convnext_tiny"),
+    "vit_b_16": of_torchvision("vit_b_16", image_size=64),
+    "swin_t": of_torchvision("swin_t"),
+    "timm vit_tiny": of_timm("vit_tiny_patch16_224", img_size=64),
+    "timm swin_tiny": of_timm("swin_tiny_patch4_window7_224", img_size=64, window_size=2),
+    "timm mixer_s32": of_timm("mixer_s32_224", img_size=64),
+    "timm ghostnet_100": of_timm("ghostnet_100"),
+    "timm convnext_atto": of_timm("convnext_atto"),
+}
+# FAT's products with a (4096, 4096) transform take minutes here
+EXCLUDED = {("vgg11_bn", "fat"): ["classifier.*"]}
+SMALL = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "timm vit_tiny")
+ALL = [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in NETWORKS]
+
+
+@pytest.mark.parametrize("method", ["apot", "fat"])
+@pytest.mark.parametrize("name", ALL)
+def test_a_network_is_converted_trained_and_packed(name: str, method: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = NETWORKS[name]()
+    float_network = copy.deepcopy(model)
+    x = torch.randn(4, 3, 64, 64)
+    done = quantize(model, 4, method, calibration=x, exclude=EXCLUDED.get((name, method), []))
+    y = model(x)
+    y.square().mean().backward()
+    assert y.isfinite().all()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+    model.eval()
+    path = tmp_path / "packed.safetensors"
+    size = save_packed(model, path)
+    loaded = load_packed(path, float_network)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), model(x), atol=0, rtol=0)
+    left = Counter(row.note for row in done.rows if not row.is_quantized)
+    full = 4 * sum(parameter.numel() for parameter in float_network.parameters())
+    print(f"\n{name} | {method} | {len(done.converted)} | {dict(left) or 'nothing'} | {size / full:.3f}")
