@@ -18,7 +18,7 @@ from apot_fat.training.config import TrainConfig, field_type
 from apot_fat.training.distributed import launched
 from apot_fat.training.recipe import Recipe, find_recipe, read_recipe
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+EXIT_BAD_INPUT, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 2, 4, 130
 
 log = logging.getLogger("apot_fat")
 
@@ -108,6 +108,9 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
         where = f" in process {processes.rank}" if not is_first else ""
         print(f"{Path(sys.argv[0]).name}: error{where}: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
+    except OSError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_ENVIRONMENT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(0)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import pickle
+import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+_CHECKSUM = "checksum"
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -44,15 +49,102 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path}: not a PyTorch checkpoint, or damaged") from error
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint {path}: holds a {type(content).__name__}, a dict is expected")
+    written = content.pop(_CHECKSUM, None)
+    if written is not None and written != checksum(content):
+        raise ValueError(f"checkpoint {path}: damaged, its contents do not have their checksum")
     return content
 
 
-def write_checkpoint(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a checkpoint atomically: to a temporary file beside it, flushed to disk, then renamed."""
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+def write_checkpoint(content: dict[str, Any], path: str | os.PathLike[str], *, keep_before: bool = False) -> None:
+    """Write a checkpoint with its checksum atomically: to a temporary file beside it, read back, then renamed.
+
+    Args:
+        content: tensors and plain values.
+        path: the file.
+        keep_before: keep what was there under ``before(path)``.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    path = Path(path)
+    buffer = io.BytesIO()
+    torch.save({**content, _CHECKSUM: checksum(content)}, buffer)
+    size = buffer.tell()
+    try:
+        with atomic_write(path) as temporary:
+            with temporary.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            if temporary.read_bytes() != buffer.getbuffer():
+                raise OSError("what was written reads back differently")
+            if keep_before and path.exists():
+                _link_over(path, before(path))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"checkpoint {path}: cannot be written ({reason}); it takes {size} bytes") from error
+
+
+def before(path: str | os.PathLike[str]) -> Path:
+    """Where the checkpoint before the one at ``path`` is kept."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.before")
+
+
+def read_newest(path: str | os.PathLike[str], warn: Callable[[str], None]) -> dict[str, Any]:
+    """The checkpoint at ``path``, or where that is damaged the one before it.
+
+    Args:
+        path: the newest.
+        warn: told of a damaged one.
+
+    Raises:
+        ValueError: neither can be read; what is wrong with the newest.
+    """
+    try:
+        return read_checkpoint(path)
+    except ValueError as damaged:
+        try:
+            content = read_checkpoint(before(path))
+        except ValueError:
+            raise damaged from None
+        warn(f"{damaged}; the one before it is used")
+        return content
+
+
+def checksum(content: Any) -> str:
+    """SHA-256 of tensors and plain values, whatever they are nested in: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    _digest(content, digest.update)
+    return digest.hexdigest()
+
+
+def _digest(value: Any, update: Callable[[Any], None]) -> None:
+    if isinstance(value, torch.Tensor):
+        update(f"tensor {value.dtype} {tuple(value.shape)}\n".encode())
+        update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    elif isinstance(value, Mapping):
+        update(f"dict {len(value)}\n".encode())
+        for key, item in value.items():
+            _digest(key, update)
+            _digest(item, update)
+    elif isinstance(value, list | tuple):
+        update(f"list {len(value)}\n".encode())
+        for item in value:
+            _digest(item, update)
+    else:
+        update(f"{type(value).__name__} {value!r}\n".encode())
+
+
+def _link_over(source: Path, target: Path) -> None:
+    # a second name, made aside: at no moment is either of the two missing
+    aside = target.with_name(f".{target.name}.tmp")
+    aside.unlink(missing_ok=True)
+    try:
+        aside.hardlink_to(source)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, aside)
+    aside.replace(target)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from apot_fat.checkpoint import (
     atomic_write,
     load_weights,
     read_checkpoint,
+    read_newest,
     torchvision_weights,
     write_checkpoint,
 )
@@ -229,7 +230,7 @@ class _Records:
                 write_checkpoint(checkpoint, self.folder / BEST)
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            write_checkpoint(checkpoint, self.folder / LAST)
+            write_checkpoint(checkpoint, self.folder / LAST, keep_before=True)
         wait_for_all()
 
 
@@ -326,7 +327,7 @@ def _resume_state(folder: Path, config: TrainConfig, resume: str | None) -> dict
     path = last if resume == "auto" else Path(resume)
     if resume == "auto" and not path.exists():
         return None
-    content = read_checkpoint(path)
+    content = read_newest(path, log.warning)
     before = run_config(content, path).to_dict()
     now = config.to_dict()
     for name in sorted({*before, *now} - _FREE_TO_CHANGE):

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import pickle
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
-from apot_fat.checkpoint import atomic_write, read_checkpoint, write_checkpoint
+from apot_fat.checkpoint import atomic_write, before, read_checkpoint, read_newest, write_checkpoint
 
 
 class Payload:
@@ -61,6 +62,41 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "absent.pth")
     with pytest.raises(ValueError, match="no such file"):
         read_checkpoint(tmp_path)
+
+
+def test_a_damaged_newest_file_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pth.tar"
+    for epoch in range(3):
+        write_checkpoint({"w": torch.full((1000,), float(epoch)), "epoch": epoch}, path, keep_before=True)
+    warnings: list[str] = []
+    assert read_newest(path, warnings.append)["epoch"] == 2
+    assert read_checkpoint(before(path))["epoch"] == 1
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, before(path).name}
+    whole = path.read_bytes()
+    middle = whole.index(torch.full((1000,), 2.0).numpy().tobytes()) + 1000
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])  # one bit of one weight
+    with pytest.raises(ValueError, match="do not have their checksum"):
+        read_checkpoint(path)
+    assert not warnings
+    assert read_newest(path, warnings.append)["epoch"] == 1
+    assert "the one before it is used" in warnings[0]
+    before(path).write_bytes(b"")
+    with pytest.raises(ValueError, match="checksum"):
+        read_newest(path, warnings.append)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pth.tar"
+    write_checkpoint({"w": torch.zeros(10)}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"{path}: cannot be written .* takes \d{{5}} bytes"):
+            write_checkpoint({"w": torch.zeros(10_000)}, path, keep_before=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.equal(read_checkpoint(path)["w"], torch.zeros(10))
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
