@@ -16,9 +16,10 @@ from tqdm import tqdm
 from apot_fat.models import default_preset, find_architecture
 from apot_fat.training.config import TrainConfig, field_type
 from apot_fat.training.distributed import launched
+from apot_fat.training.loop import NonFiniteError
 from apot_fat.training.recipe import Recipe, find_recipe, read_recipe
 
-EXIT_BAD_INPUT, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 2, 4, 130
+EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 2, 3, 4, 130
 
 log = logging.getLogger("apot_fat")
 
@@ -108,6 +109,10 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
         where = f" in process {processes.rank}" if not is_first else ""
         print(f"{Path(sys.argv[0]).name}: error{where}: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
+    except NonFiniteError as error:
+        if is_first:
+            print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_NON_FINITE)
     except OSError as error:
         print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_ENVIRONMENT)

@@ -84,7 +84,8 @@ class Meter:
             [self.loss_sum.double(), self.correct.double(), self.correct.new_tensor(self.total).double()]
         )
         loss_sum, correct, total = sum_over_processes(sums).tolist()
-        return Result(loss_sum / total, int(correct), int(total), time.perf_counter() - self.start)
+        # a total of 0: every step was left out
+        return Result(loss_sum / max(total, 1), int(correct), max(int(total), 1), time.perf_counter() - self.start)
 
 
 def train_epoch(
@@ -96,6 +97,7 @@ def train_epoch(
     *,
     amp: str = "off",
     label_smoothing: float = 0.0,
+    skip_nonfinite: int = 0,
     log: Callable[[str], None] | None = None,
     print_freq: int = 100,
     epoch: int = 0,
@@ -109,14 +111,20 @@ def train_epoch(
         model: the network, or ``DistributedDataParallel`` around it.
         amp: ``off``, ``bf16`` or ``fp16`` (with an enabled ``scaler``).
         label_smoothing: of the cross entropy, [0, 1).
+        skip_nonfinite: steps in a row that may be left out, batch statistics and all, because their gradient is not
+            finite. With fp16 a gradient that overflows its scale is the scaler's business, and only the loss counts.
         log: takes the published line every ``print_freq`` batches.
         epoch: its number, for the log.
+
+    Raises:
+        NonFiniteError: one more such step in a row.
     """
     model.train()
     device = next(model.parameters()).device
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     meter = Meter(device)
     optimizer.zero_grad(set_to_none=True)
+    guard = _FiniteGuard(model, scaler, skip_nonfinite)
     for index, (x, labels, share, ends_step) in enumerate(_bar(batches, f"epoch {epoch}", show=log is not None)):
         meter.data_ready()
         with _no_sync(model, not ends_step):
@@ -124,6 +132,13 @@ def train_epoch(
                 logits = model(x)
                 loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
             scaler.scale(loss * (share * world)).backward()  # DistributedDataParallel divides by world
+        if not guard.accepts(loss, ends_step):
+            where = f"epoch {epoch}, step {index}"
+            guard.tolerate(where, x, loss)
+            (log or _silent)(f"{where}: gradient not finite (loss {loss.item():.4g}), step left out")
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            continue
         if ends_step:
             scaler.step(optimizer)
             scaler.update()
@@ -133,6 +148,91 @@ def train_epoch(
         if log and index % print_freq == 0:
             log(meter.line(f"Epoch: [{epoch}][{index}/{batches.num_batches}]", with_data=True))
     return meter.result()
+
+
+class NonFiniteError(RuntimeError):
+    """Training cannot go on: the gradient of a step is infinite or NaN."""
+
+
+class _FiniteGuard:
+    """Looks at the gradient of every optimiser step, before the step is made."""
+
+    def __init__(self, model: nn.Module, scaler: torch.amp.GradScaler, allowed: int) -> None:
+        self.model, self.allowed, self.in_a_row = model, allowed, 0
+        self.by_loss = scaler.is_enabled()
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()] if allowed else []
+        self.loss_is_finite = True
+        self._remember()
+
+    def accepts(self, loss: Tensor, ends_step: bool) -> bool:
+        """Whether the step may be made; True too where none is due yet."""
+        if self.by_loss:
+            self.loss_is_finite = self.loss_is_finite and bool(loss.isfinite())
+        if not ends_step:
+            return True
+        if self.by_loss:
+            bad = sum_over_processes(torch.tensor(float(not self.loss_is_finite), device=loss.device))
+            finite, self.loss_is_finite = not bad, True
+        else:  # summed over processes already
+            grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            finite = bool(torch.stack(torch._foreach_norm(grads)).isfinite().all()) if grads else True
+        if finite:
+            self.in_a_row = 0
+            self._remember()
+        return finite
+
+    def tolerate(self, where: str, x: Tensor, loss: Tensor) -> None:
+        """Undo what the step left in the network's statistics, or raise ``NonFiniteError``."""
+        self.in_a_row += 1
+        if self.in_a_row > self.allowed:
+            raise NonFiniteError(
+                f"{where}: gradient not finite, loss {loss.item():.4g}; {_first_non_finite(self.model, x)}; the last "
+                "checkpoint stands: lower lr or the threshold learning rates, or give --skip-nonfinite"
+            )
+        for buffer, kept in zip(self.buffers, self.kept, strict=True):
+            buffer.copy_(kept)
+
+    def _remember(self) -> None:
+        self.kept = [buffer.clone() for buffer in self.buffers]
+
+
+@torch.no_grad()
+def _first_non_finite(model: nn.Module, x: Tensor) -> str:
+    """Where in a network infinite or NaN values come up on a batch."""
+    if not x.isfinite().all():
+        return "the images are not finite"
+    found: list[str] = []
+
+    def note(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, _: object, output: object) -> None:
+            if not found and isinstance(output, Tensor) and not output.isfinite().all():
+                alphas = (
+                    ("weight", getattr(module, "weight_alpha", None)),
+                    ("activation", getattr(module, "act_alpha", None)),
+                )
+                found.append(
+                    name + "".join(f", {side} alpha {alpha.item():.4g}" for side, alpha in alphas if alpha is not None)
+                )
+
+        return hook
+
+    plain = model.module if isinstance(model, DistributedDataParallel) else model
+    leaves = [(name, module) for name, module in plain.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(note(name)) for name, module in leaves]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            plain(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        return f"the first layer whose output is not finite is {found[0]}"
+    return "every layer's output is finite, the gradient alone is not"
+
+
+def _silent(_: str) -> None:
+    pass
 
 
 @torch.inference_mode()

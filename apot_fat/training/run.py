@@ -54,7 +54,7 @@ from apot_fat.training.optim import make_optimizer, make_schedule
 
 LAST, BEST, METRICS, CONFIG = "checkpoint.pth.tar", "model_best.pth.tar", "metrics.jsonl", "config.toml"
 _FREE_TO_CHANGE = {"output", "device", "gpu", "print_freq", "histogram_every", "test_batch_size", "data_root"}
-_FREE_TO_CHANGE |= {"epochs", "workers", "dist_timeout", "on_damaged", "compile"}
+_FREE_TO_CHANGE |= {"epochs", "workers", "dist_timeout", "on_damaged", "compile", "skip_nonfinite"}
 
 log = logging.getLogger("apot_fat")
 
@@ -101,6 +101,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
     Raises:
         ValueError: anything in the config, the data or a checkpoint that does not fit, before any file is written; a
             folder that holds a run already, without ``resume``.
+        NonFiniteError: the gradient became infinite or NaN; the last checkpoint stands.
     """
     processes = launched()
     device = choose_device(config.device, config.gpu, processes.local_rank)
@@ -152,6 +153,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
                 scaler,
                 amp=config.amp,
                 label_smoothing=config.label_smoothing,
+                skip_nonfinite=config.skip_nonfinite,
                 log=say,
                 print_freq=config.print_freq,
                 epoch=epoch,

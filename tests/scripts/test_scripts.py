@@ -163,6 +163,13 @@ def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
         assert not list(Path.cwd().iterdir()), (script, argv)
 
 
+def test_a_run_whose_gradient_is_not_finite_exits_with_3_and_one_line(run: Run, data: tuple[object, ...]) -> None:
+    code, _, err = run("train.py", *data, "--bit", 4, "--epochs", 5, "--lr", 1e30, "--batch-size", 16)
+    assert code == 3, err
+    assert err.count("\n") == 1
+    assert "gradient not finite" in err
+
+
 def test_benchmark_prints_a_table_and_writes_json(run: Run) -> None:
     code, out, err = run("benchmark.py", *"memory --batch-size 32 --compile off --threads 1 --json rows.json".split())
     assert (code, err) == (0, "")
