@@ -16,6 +16,7 @@ from tqdm import tqdm
 from apot_fat.models import default_preset, find_architecture
 from apot_fat.training.config import TrainConfig, field_type
 from apot_fat.training.distributed import launched
+from apot_fat.training.interruption import InterruptedRunError
 from apot_fat.training.loop import NonFiniteError
 from apot_fat.training.recipe import Recipe, find_recipe, read_recipe
 
@@ -113,6 +114,9 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
         if is_first:
             print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_NON_FINITE)
+    except InterruptedRunError as error:
+        log.info("%s", error)
+        sys.exit(error.exit_code)
     except OSError as error:
         print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_ENVIRONMENT)

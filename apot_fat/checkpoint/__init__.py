@@ -1,6 +1,13 @@
 """Checkpoints: published formats and ours."""
 
-from apot_fat.checkpoint.files import atomic_write, before, read_checkpoint, read_newest, write_checkpoint
+from apot_fat.checkpoint.files import (
+    atomic_write,
+    before,
+    read_checkpoint,
+    read_newest,
+    remove_leftovers,
+    write_checkpoint,
+)
 from apot_fat.checkpoint.packed import load_packed, save_packed
 from apot_fat.checkpoint.released import TORCHVISION, Released, fetch_released, read_manifest, torchvision_weights
 from apot_fat.checkpoint.weights import best_accuracy, checkpoint_thresholds, load_weights, num_outputs, state_dict_of
@@ -19,6 +26,7 @@ __all__ = [
     "read_checkpoint",
     "read_manifest",
     "read_newest",
+    "remove_leftovers",
     "save_packed",
     "state_dict_of",
     "torchvision_weights",

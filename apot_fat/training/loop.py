@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,25 @@ class Meter:
         now = time.perf_counter()
         self.last_seconds, self.before = now - self.before, now
 
+    def state(self) -> dict[str, float]:
+        """What ``restore`` takes: plain numbers."""
+        return {
+            "loss_sum": self.loss_sum.item(),
+            "correct": int(self.correct),
+            "total": self.total,
+            "steps": self.steps,
+            "seconds": time.perf_counter() - self.start,
+            "data_seconds": self.data_seconds,
+        }
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on where another meter stood."""
+        self.loss_sum.fill_(state["loss_sum"])
+        self.correct.fill_(state["correct"])
+        self.total, self.steps = int(state["total"]), int(state["steps"])
+        self.data_seconds = state["data_seconds"]
+        self.start = time.perf_counter() - state["seconds"]
+
     def line(self, head: str, *, with_data: bool) -> str:
         """The published line."""
         parts = [head, f"Time {self.last_seconds:.3f} ({(self.before - self.start) / self.steps:.3f})"]
@@ -88,6 +108,13 @@ class Meter:
         return Result(loss_sum / max(total, 1), int(correct), max(int(total), 1), time.perf_counter() - self.start)
 
 
+class Position(NamedTuple):
+    """Where a pass of training stands: batches done by this process, and the state of its meter."""
+
+    batches: int
+    meter: dict[str, float]
+
+
 def train_epoch(
     model: nn.Module,
     batches: Batches,
@@ -101,6 +128,8 @@ def train_epoch(
     log: Callable[[str], None] | None = None,
     print_freq: int = 100,
     epoch: int = 0,
+    position: Position | None = None,
+    after_step: Callable[[int, Meter], None] | None = None,
 ) -> Result:
     """One pass of SGD over the batches, a schedule step after each optimiser step.
 
@@ -115,6 +144,8 @@ def train_epoch(
             finite. With fp16 a gradient that overflows its scale is the scaler's business, and only the loss counts.
         log: takes the published line every ``print_freq`` batches.
         epoch: its number, for the log.
+        position: where the pass stands already; by default at its beginning.
+        after_step: called after each optimiser step with the batches done so far; what it raises ends the pass.
 
     Raises:
         NonFiniteError: one more such step in a row.
@@ -125,7 +156,11 @@ def train_epoch(
     meter = Meter(device)
     optimizer.zero_grad(set_to_none=True)
     guard = _FiniteGuard(model, scaler, skip_nonfinite)
+    if position is not None:
+        meter.restore(position.meter)
     for index, (x, labels, share, ends_step) in enumerate(_bar(batches, f"epoch {epoch}", show=log is not None)):
+        if position is not None and index < position.batches:
+            continue  # drawn all the same: the random numbers of later batches follow theirs
         meter.data_ready()
         with _no_sync(model, not ends_step):
             with _autocast(device, amp):
@@ -147,6 +182,8 @@ def train_epoch(
         meter.update(loss, logits, labels)
         if log and index % print_freq == 0:
             log(meter.line(f"Epoch: [{epoch}][{index}/{batches.num_batches}]", with_data=True))
+        if ends_step and after_step is not None:
+            after_step(index + 1, meter)
     return meter.result()
 
 
@@ -243,6 +280,7 @@ def evaluate(
     amp: str = "off",
     log: Callable[[str], None] | None = None,
     print_freq: int = 100,
+    after_batch: Callable[[], None] | None = None,
 ) -> Result:
     """Loss and accuracy of a model in evaluation mode, each image counted once; the model's mode is restored.
 
@@ -250,6 +288,7 @@ def evaluate(
         model: the network itself, without ``DistributedDataParallel``: processes may see different numbers of batches.
         amp: ``off``, ``bf16`` or ``fp16``.
         log: takes the published line every ``print_freq`` batches.
+        after_batch: called after each; what it raises ends the pass.
     """
     was_training = model.training
     model.eval()
@@ -262,6 +301,8 @@ def evaluate(
         meter.update(loss, logits, labels)
         if log and index % print_freq == 0:
             log(meter.line(f"Test: [{index}/{batches.num_batches}]", with_data=False))
+        if after_batch is not None:
+            after_batch()
     model.train(was_training)
     return meter.result()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from apot_fat.checkpoint import (
     TORCHVISION,
     atomic_write,
     load_weights,
-    read_checkpoint,
     read_newest,
+    remove_leftovers,
     torchvision_weights,
     write_checkpoint,
 )
@@ -49,12 +50,13 @@ from apot_fat.training.distributed import (
     wait_for_all,
     wrap,
 )
-from apot_fat.training.loop import Result, evaluate, train_epoch
+from apot_fat.training.interruption import InterruptedRunError, SignalWatch
+from apot_fat.training.loop import Meter, Position, Result, evaluate, train_epoch
 from apot_fat.training.optim import make_optimizer, make_schedule
 
 LAST, BEST, METRICS, CONFIG = "checkpoint.pth.tar", "model_best.pth.tar", "metrics.jsonl", "config.toml"
 _FREE_TO_CHANGE = {"output", "device", "gpu", "print_freq", "histogram_every", "test_batch_size", "data_root"}
-_FREE_TO_CHANGE |= {"epochs", "workers", "dist_timeout", "on_damaged", "compile", "skip_nonfinite"}
+_FREE_TO_CHANGE |= {"epochs", "workers", "dist_timeout", "on_damaged", "compile", "skip_nonfinite", "checkpoint_every"}
 
 log = logging.getLogger("apot_fat")
 
@@ -102,6 +104,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
         ValueError: anything in the config, the data or a checkpoint that does not fit, before any file is written; a
             folder that holds a run already, without ``resume``.
         NonFiniteError: the gradient became infinite or NaN; the last checkpoint stands.
+        InterruptedRunError: SIGINT or SIGTERM came; the run was saved after the step under way.
     """
     processes = launched()
     device = choose_device(config.device, config.gpu, processes.local_rank)
@@ -133,9 +136,14 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
         raise ValueError(f"{dataset.name}: {len(dataset.train)} training images do not fill one batch")
 
     history: list[dict[str, Any]] = []
+    position = None
     if state is not None:
-        history = _restore(state, trackers, processes)
-    with process_group(processes, device, config.dist_timeout), _Records(folder, config, processes, history) as records:
+        history, position = _restore(state, trackers, processes)
+    with (
+        process_group(processes, device, config.dist_timeout),
+        _Records(folder, config, processes, history) as records,
+        SignalWatch(log.warning) as watch,
+    ):
         log.info(
             "%s: %s, %s at %d bits on %s, %s", folder, config.arch, config.preset, config.bit, dataset.name, device
         )
@@ -145,6 +153,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
         say = log.info if processes.is_first else None
         for epoch in range(len(history), config.epochs):
             train_batches.set_epoch(epoch)
+            saver = _StepSaver(records, trackers, history, watch, config.checkpoint_every)
             trained = train_epoch(
                 trained_model,
                 train_batches,
@@ -157,14 +166,20 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
                 log=say,
                 print_freq=config.print_freq,
                 epoch=epoch,
+                position=position,
+                after_step=saver.after_step,
             )
+            position = None
             if raised := keep_thresholds_positive(model):
                 log.warning("epoch %d: %d clipping thresholds reached zero and were set to their floor", epoch, raised)
-            tested = evaluate(network, test_batches, amp=config.amp, log=say, print_freq=config.print_freq)
-            held_out = None if val_batches is None else evaluate(network, val_batches, amp=config.amp)
+            options: dict[str, Any] = {"amp": config.amp, "after_batch": saver.after_test_batch}
+            tested = evaluate(network, test_batches, log=say, print_freq=config.print_freq, **options)
+            held_out = None if val_batches is None else evaluate(network, val_batches, **options)
             log.info(" * Prec %.3f%%", tested.top1)
             history.append(_metrics(epoch, optimizer, model, trained, tested, held_out))
             records.save(trackers, history)
+            if epoch + 1 < config.epochs:
+                saver.stop_if_asked(saved=True)
     return _summary(folder, config, history)
 
 
@@ -174,8 +189,11 @@ def summarize(folder: Path) -> RunSummary:
     Raises:
         ValueError: no run there, or a damaged file.
     """
-    content = read_checkpoint(folder / LAST)
-    return _summary(folder, run_config(content, folder / LAST), content["history"])
+    content = read_newest(folder / LAST, log.warning)
+    config = run_config(content, folder / LAST)
+    if not content["history"]:
+        raise ValueError(f"{folder}: the run has finished no epoch yet; go on with --resume auto")
+    return _summary(folder, config, content["history"])
 
 
 def _summary(folder: Path, config: TrainConfig, history: list[dict[str, Any]]) -> RunSummary:
@@ -209,6 +227,7 @@ class _Records:
     def __enter__(self) -> _Records:
         if self.processes.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
             with atomic_write(self.folder / CONFIG) as temporary:
                 temporary.write_text(tomli_w.dumps(self.config.to_dict()), encoding="utf-8")
             with atomic_write(self.folder / METRICS) as temporary:  # without rows of an epoch that was not saved
@@ -219,6 +238,15 @@ class _Records:
     def __exit__(self, *_: object) -> None:
         if self.board is not None:
             self.board.close()
+
+    def save_within_epoch(self, trackers: dict[str, Any], history: list[dict[str, Any]], position: Position) -> None:
+        """Write a checkpoint between two steps; every process waits until it is there."""
+        states = gather_objects((_rng_state(), position._asdict()))
+        if self.board is not None:
+            checkpoint = _checkpoint(self.config, trackers, history, [rng for rng, _ in states])
+            checkpoint["positions"] = [position for _, position in states]
+            write_checkpoint(checkpoint, self.folder / LAST, keep_before=True)
+        wait_for_all()
 
     def save(self, trackers: dict[str, Any], history: list[dict[str, Any]]) -> None:
         """Record the epoch just ended; every process waits until its files are there."""
@@ -234,6 +262,45 @@ class _Records:
                 file.write(json.dumps(row) + "\n")
             write_checkpoint(checkpoint, self.folder / LAST, keep_before=True)
         wait_for_all()
+
+
+class _StepSaver:
+    """Saves within an epoch: every so many steps, and when a signal ends the run."""
+
+    def __init__(
+        self,
+        records: _Records,
+        trackers: dict[str, Any],
+        history: list[dict[str, Any]],
+        watch: SignalWatch,
+        every: int,
+    ) -> None:
+        self.records, self.trackers, self.history, self.watch, self.every = records, trackers, history, watch, every
+        self.steps = 0
+        self.position: Callable[[], Position] | None = None
+
+    def after_step(self, batches: int, meter: Meter) -> None:
+        self.steps += 1
+        self.position = lambda: Position(batches, meter.state())
+        due = self.every > 0 and self.steps % self.every == 0
+        if due:
+            self.records.save_within_epoch(self.trackers, self.history, self.position())
+        self.stop_if_asked(saved=due)
+
+    def after_test_batch(self) -> None:
+        # processes see different numbers of batches and cannot agree here: several go on to the epoch's end
+        if not self.records.processes.is_distributed:
+            self.stop_if_asked(saved=False)
+
+    def stop_if_asked(self, *, saved: bool) -> None:
+        asked = self.watch.received or 0
+        if self.records.processes.is_distributed:  # a signal may reach the processes in different steps
+            asked = max(gather_objects(asked))
+        if not asked:
+            return
+        if not saved and self.position is not None:
+            self.records.save_within_epoch(self.trackers, self.history, self.position())
+        raise InterruptedRunError(asked, f"saved in {self.records.folder}; go on with --resume auto")
 
 
 def is_finished(config: TrainConfig) -> bool:
@@ -346,7 +413,9 @@ def _resume_state(folder: Path, config: TrainConfig, resume: str | None) -> dict
     return content
 
 
-def _restore(state: dict[str, Any], trackers: dict[str, Any], processes: Processes) -> list[dict[str, Any]]:
+def _restore(
+    state: dict[str, Any], trackers: dict[str, Any], processes: Processes
+) -> tuple[list[dict[str, Any]], Position | None]:
     load_weights(trackers["model"], state)
     for name in ("optimizer", "schedule", "scaler"):
         trackers[name].load_state_dict(state[name])
@@ -355,8 +424,15 @@ def _restore(state: dict[str, Any], trackers: dict[str, Any], processes: Process
         torch.set_rng_state(rng["cpu"])
         if torch.cuda.is_available() and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"])
-    history: list[dict[str, Any]] = state["history"]
-    return history
+    position = None
+    if "positions" in state:
+        if len(state["positions"]) != processes.world:
+            raise ValueError(
+                f"the checkpoint lies within an epoch of {len(state['positions'])} processes, this run has "
+                f"{processes.world}: go on with as many"
+            )
+        position = Position(**state["positions"][processes.rank])
+    return state["history"], position
 
 
 def _rng_state() -> dict[str, torch.Tensor]:
@@ -372,7 +448,7 @@ def _checkpoint(
     return {
         "arch": config.arch,
         "epoch": len(history),
-        "best_prec": history[best_index(history)]["test_top1"],
+        "best_prec": history[best_index(history)]["test_top1"] if history else None,
         "state_dict": trackers["model"].state_dict(),
         **{name: trackers[name].state_dict() for name in ("optimizer", "schedule", "scaler")},
         "rng": rng,

@@ -1,0 +1,175 @@
+"""Runs that are interrupted anywhere and resumed end with the bits of the run that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from apot_fat.checkpoint import before, read_checkpoint
+from apot_fat.training import TrainConfig, train
+from apot_fat.training import loop as training_loop
+from apot_fat.training.interruption import InterruptedRunError
+from apot_fat.training.run import BEST, LAST, METRICS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal to the bit, but for times and places."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("seconds", "output"))
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for name in (LAST, BEST):
+        contents = [read_checkpoint(folder / name) for folder in (one, other)]
+        for content in contents:
+            content["config"] = {
+                k: v for k, v in content["config"].items() if k not in ("output", "checkpoint_every", "print_freq")
+            }
+        assert same(*contents), name
+    rows = [
+        [line.split('"seconds"')[0] for line in (folder / METRICS).read_text().splitlines()] for folder in (one, other)
+    ]
+    assert rows[0] == rows[1]
+    boards = [EventAccumulator(str(folder)).Reload() for folder in (one, other)]
+    for tag in boards[0].Tags()["scalars"]:
+        curves = [[(event.step, event.value) for event in board.Scalars(tag)] for board in boards]
+        assert curves[0] == curves[1], tag
+
+
+def config(tiny_npz: tuple[Path, Path], output: Path, **values: Any) -> TrainConfig:
+    train_path, test_path = map(str, tiny_npz)
+    settings: dict[str, Any] = {"bit": 4, "epochs": 2, "batch_size": 16, "lr": 0.05, "crop_padding": 1}
+    settings |= {"data": train_path, "test_data": test_path, "output": str(output), "test_batch_size": 8}
+    return TrainConfig(**{**settings, **values})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("arch", ["resnet20", "resnet_20"])
+def test_a_signal_ends_a_run_after_its_step(
+    number: signal.Signals, arch: str, tiny_npz: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = config(tiny_npz, tmp_path / "whole", arch=arch)
+    train(whole)
+    parts = config(tiny_npz, tmp_path / "parts", arch=arch)
+    updates = 0
+    update = training_loop.Meter.update
+
+    def signalling(meter: training_loop.Meter, *args: Any) -> None:
+        nonlocal updates
+        updates += 1
+        if updates in (2, 5, 7):  # within an epoch, at a test batch, at an epoch's last step
+            os.kill(os.getpid(), number)
+        update(meter, *args)
+
+    monkeypatch.setattr(training_loop.Meter, "update", signalling)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    for _ in range(3):
+        with pytest.raises(InterruptedRunError, match="go on with --resume auto") as stopped:
+            train(parts, resume="auto")
+        assert stopped.value.exit_code == 128 + number
+    train(parts, resume="auto")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert_same_run(tmp_path / "whole" / whole.run_name, tmp_path / "parts" / parts.run_name)
+
+
+def test_a_second_interrupt_stops_at_once(
+    tiny_npz: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signalling(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(training_loop.Meter, "update", signalling)
+    run = config(tiny_npz, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train(run)
+    monkeypatch.undo()
+    train(run, resume="auto")
+
+
+def killed_and_resumed(line: list[str], seconds: float, draw: random.Random) -> int:
+    """Run a command again and again, killing it at a random moment each time but the last; return the kills."""
+    kills = 0
+    while True:
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+        try:
+            out, err = process.communicate(timeout=draw.uniform(0.2, 0.8) * seconds if kills < 2 else None)
+            assert process.returncode == 0, out + err
+            return kills
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+
+
+def kill_runs(cases: int, tiny_npz: tuple[Path, Path], tmp_path: Path, launcher: list[str]) -> None:
+    train_path, test_path = map(str, tiny_npz)
+    base = [
+        *launcher,
+        "scripts/train.py",
+        "--data",
+        train_path,
+        "--test-data",
+        test_path,
+        "--bit",
+        "4",
+        "--epochs",
+        "4",
+    ]
+    base += [
+        "--batch-size",
+        "8",
+        "--crop-padding",
+        "1",
+        "--checkpoint-every",
+        "1",
+        "--compile",
+        "off",
+        "--resume",
+        "auto",
+    ]
+    start = time.perf_counter()
+    subprocess.run([*base, "--output", str(tmp_path / "whole")], check=True, cwd=ROOT, capture_output=True)
+    seconds = time.perf_counter() - start
+    total = 0
+    for seed in range(cases):
+        output = tmp_path / f"killed{seed}"
+        kills = killed_and_resumed([*base, "--output", str(output)], seconds, random.Random(seed))
+        assert_same_run(tmp_path / "whole/resnet20_4bit", output / "resnet20_4bit")
+        assert not list((output / "resnet20_4bit").glob("*.tmp"))
+        assert before(output / "resnet20_4bit" / LAST).exists()
+        print(f"case {seed}: {kills} kills, the same bits")
+        total += kills
+    assert total
+
+
+def test_killed_runs_resume_to_the_same_bits(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
+    kill_runs(1, tiny_npz, tmp_path, [sys.executable])
+
+
+@pytest.mark.slow
+def test_many_killed_runs(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
+    kill_runs(15, tiny_npz, tmp_path, [sys.executable])
+
+
+@pytest.mark.slow
+def test_many_killed_runs_of_two_processes(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    kill_runs(5, tiny_npz, tmp_path, launcher)
