@@ -162,8 +162,8 @@ def test_comparison_names_the_first_layer_that_differs() -> None:
     assert {divergence.layer for divergence in found} == {"2"}
     assert max(divergence.distance for divergence in found) > 1e-3
     get_layer(model, "2").bias.data = torch.tensor([0.0, 0.0, 99.0])
-    alone = [nn.Sequential(network.get_submodule("2")) for network in (model, integer)]
-    (last, *_) = compare_networks(*alone, x)
+    last_float, last_integer = (nn.Sequential(network.get_submodule("2")) for network in (model, integer))
+    (last, *_) = compare_networks(last_float, last_integer, x)
     assert (last.layer, last.codes, last.changes_prediction) == ("", 0, True)
 
 
