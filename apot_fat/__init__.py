@@ -1,6 +1,9 @@
 """apot-fat: train, evaluate and ship networks with 2- to 5-bit weights and activations (APoT and FAT)."""
 
+from typing import TYPE_CHECKING, Any
+
 from apot_fat.checkpoint import load_packed, load_weights, save_packed
+from apot_fat.export import integer_network
 from apot_fat.quant import (
     LevelSet,
     QuantConv2d,
@@ -19,6 +22,9 @@ from apot_fat.quant import (
     weight_deactivate_freq,
 )
 
+if TYPE_CHECKING:
+    from apot_fat.report import cost_report
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -29,7 +35,9 @@ __all__ = [
     "apot_levels",
     "build_power_value",
     "clipping_table",
+    "cost_report",
     "dequantize",
+    "integer_network",
     "load_packed",
     "load_weights",
     "pot_levels",
@@ -41,3 +49,11 @@ __all__ = [
     "uniform_levels",
     "weight_deactivate_freq",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "cost_report":  # its room loads TensorBoard and matplotlib
+        from apot_fat.report import cost_report
+
+        return cost_report
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -67,6 +67,64 @@ def integer_input(layer: QuantConv2d | QuantLinear, x: Tensor) -> Integers | Non
     return _integers(layer.quantized_input(x), layer.spec.act_set.denominator, positive(layer.act_alpha))
 
 
+class ShiftTerms(NamedTuple):
+    """Integers as signed sums of powers of two, each sum a set of bits.
+
+    Equation: n = Σ over bits k of added 2^k − Σ over bits k of subtracted 2^k = added − subtracted.
+
+    ``added``, ``subtracted`` int64, ≥ 0, the shape of the numbers; no bit is in both.
+    """
+
+    added: Tensor
+    subtracted: Tensor
+
+    @property
+    def powers(self) -> int:
+        """Number of powers that occur: every bit is below it."""
+        return _bit_length(self.added | self.subtracted)
+
+    @property
+    def counts(self) -> Tensor:
+        """How many powers of two each number takes, int64: the shifts and adds of one multiplication by it."""
+        return _ones(self.added | self.subtracted)
+
+
+def shift_terms(numerators: Tensor) -> ShiftTerms:
+    """The powers of two of each integer, as few as possible.
+
+    The binary digits of |n|, which for an APoT level are the members of the base sets it is the sum of; where the
+    non-adjacent form has fewer terms, that: 7 = 8 − 1. A negative n swaps what is added and what is subtracted.
+
+    Args:
+        numerators: int64, any shape, |n| below 2^61.
+
+    Paper: APoT, "Additive Powers-of-Two Quantization" (a multiplication as shifts and adds).
+
+    >>> shift_terms(torch.tensor([10, 7, -6])).counts
+    tensor([2, 2, 2])
+    """
+    magnitude = numerators.abs()
+    half = magnitude >> 1
+    one_and_half = magnitude + half
+    changed = half ^ one_and_half  # the digits of the non-adjacent form that are not 0
+    plus, minus = one_and_half & changed, half & changed
+    fewer = _ones(changed) < _ones(magnitude)
+    plus, minus = torch.where(fewer, plus, magnitude), torch.where(fewer, minus, 0)
+    negative = numerators < 0
+    return ShiftTerms(torch.where(negative, minus, plus), torch.where(negative, plus, minus))
+
+
+def _ones(numbers: Tensor) -> Tensor:
+    ones = torch.zeros_like(numbers)
+    for k in range(_bit_length(numbers)):
+        ones += (numbers >> k) & 1
+    return ones
+
+
+def _bit_length(numbers: Tensor) -> int:
+    return int(numbers.max()).bit_length() if numbers.numel() else 0
+
+
 def _integers(value: Tensor, denominator: int, scale: Tensor) -> Integers:
     if denominator > _MAX_DENOMINATOR:
         raise ValueError(f"levels over {denominator}: integers over at most 2^31 are supported; use fewer bits")
