@@ -128,9 +128,11 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         if not isinstance(network, Mapping):
             raise ValueError(f"packed file {path}: its network is not one of list_models(): give one to fill as model")
         try:
-            model = create_model(**network)
+            with torch.device("meta"):  # nothing is allocated before it is known to fit
+                _check_fit(path, create_model(**network), plans, state)
         except TypeError as error:
             raise ValueError(f"packed file {path}: its metadata are damaged") from error
+        model = create_model(**network)
     _check_fit(path, model, plans, state)
     for name, plan in plans.items():
         _set_layer(model.get_submodule(name), plan)

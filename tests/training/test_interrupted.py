@@ -104,19 +104,29 @@ def test_a_second_interrupt_stops_at_once(
     train(run, resume="auto")
 
 
-def killed_and_resumed(line: list[str], seconds: float, draw: random.Random) -> int:
-    """Run a command again and again, killing it at a random moment each time but the last; return the kills."""
-    kills = 0
+def killed_and_resumed(line: list[str], last: Path, draw: random.Random) -> list[int]:
+    """Run a command again and again, twice killed at a random moment; the checkpoints it had written each time."""
+    kills: list[int] = []
     while True:
-        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True)
-        try:
-            out, err = process.communicate(timeout=draw.uniform(0.2, 0.8) * seconds if kills < 2 else None)
-            assert process.returncode == 0, out + err
-            return kills
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+        process = subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True, start_new_session=True
+        )
+        written, stamp = 0, last.stat().st_mtime_ns if last.exists() else 0
+        wanted = draw.randrange(10) if len(kills) < 2 else 10**6
+        while process.poll() is None and written < wanted:
+            now = last.stat().st_mtime_ns if last.exists() else 0
+            written, stamp = written + (now != stamp), now
+            time.sleep(0.005)
+        if process.poll() is None:
+            time.sleep(draw.uniform(0, 0.3) if wanted else draw.uniform(0, 5))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # torchrun's workers too
             process.communicate()
-            kills += 1
+            kills.append(written)
+            continue
+        out, err = process.communicate()
+        assert process.returncode == 0, out + err
+        return kills
 
 
 def kill_runs(cases: int, tiny_npz: tuple[Path, Path], tmp_path: Path, launcher: list[str]) -> None:
@@ -131,7 +141,7 @@ def kill_runs(cases: int, tiny_npz: tuple[Path, Path], tmp_path: Path, launcher:
         "--bit",
         "4",
         "--epochs",
-        "4",
+        "3",
     ]
     base += [
         "--batch-size",
@@ -145,18 +155,16 @@ def kill_runs(cases: int, tiny_npz: tuple[Path, Path], tmp_path: Path, launcher:
         "--resume",
         "auto",
     ]
-    start = time.perf_counter()
     subprocess.run([*base, "--output", str(tmp_path / "whole")], check=True, cwd=ROOT, capture_output=True)
-    seconds = time.perf_counter() - start
     total = 0
     for seed in range(cases):
-        output = tmp_path / f"killed{seed}"
-        kills = killed_and_resumed([*base, "--output", str(output)], seconds, random.Random(seed))
-        assert_same_run(tmp_path / "whole/resnet20_4bit", output / "resnet20_4bit")
-        assert not list((output / "resnet20_4bit").glob("*.tmp"))
-        assert before(output / "resnet20_4bit" / LAST).exists()
-        print(f"case {seed}: {kills} kills, the same bits")
-        total += kills
+        folder = tmp_path / f"killed{seed}" / "resnet20_4bit"
+        kills = killed_and_resumed([*base, "--output", str(folder.parent)], folder / LAST, random.Random(seed))
+        assert_same_run(tmp_path / "whole/resnet20_4bit", folder)
+        assert not list(folder.glob("*.tmp"))
+        assert before(folder / LAST).exists()
+        total += len(kills)
+        print(f"seed {seed}: killed {' and '.join(map(str, kills))} checkpoints on; the same bits ({total} kills)")
     assert total
 
 
