@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,36 +10,9 @@ import pytest
 import torch
 
 from apot_fat.checkpoint import write_checkpoint
-from apot_fat.command_line import run_main
 from apot_fat.models import create_model
 
-ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., tuple[int, str, str]]
-
-
-def load_script(name: str) -> Callable[[list[str] | None], None]:
-    """The ``main`` of a script."""
-    main: Callable[[list[str] | None], None] = runpy.run_path(str(ROOT / "scripts" / name))["main"]
-    return main
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs a script in a fresh folder: (exit code, standard output, standard error)."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-
-    def call(name: str, *argv: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [name])
-        logger = logging.getLogger("apot_fat")
-        before = list(logger.handlers)
-        with pytest.raises(SystemExit) as stopped:
-            run_main(load_script(name), [str(argument) for argument in argv])
-        logger.handlers = before
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture

@@ -180,4 +180,4 @@ def test_many_killed_runs(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_many_killed_runs_of_two_processes(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    kill_runs(5, tiny_npz, tmp_path, launcher)
+    kill_runs(9, tiny_npz, tmp_path, launcher)
