@@ -1,0 +1,271 @@
+"""A network as an ONNX file: float with quantized values, or with integer convolutions; checked before it is written."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apot_fat.checkpoint import atomic_write
+from apot_fat.export.graph import PROJECT, PROJECT_DOMAIN, Projection, projection_index, write_projections
+from apot_fat.export.int8 import write_integers
+from apot_fat.quant.integers import integer_weight
+from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
+
+if TYPE_CHECKING:
+    import onnx
+
+ExportMode = Literal["float", "int8"]
+OPSET = 20
+FLOAT_LIMIT = 1e-4
+"""Largest relative error of a float file: ‖y_file − y‖ / ‖y‖ over the batch."""
+INT8_LIMIT = 0.25
+"""Largest relative error of an int8 file …"""
+INT8_AGREEMENT = 0.9
+"""… and smallest share of inputs with the same largest output, where the output is (N, classes)."""
+_VERIFY_IMAGES = 8
+_CHUNK = 64  # inputs that calibration runs at once
+
+
+class OnnxReport(NamedTuple):
+    """What was written.
+
+    ``error``: ‖y_file − y‖ / ‖y‖ on the verifying batch; ``agreement``: share of its inputs with the same largest
+    output; ``integer_convs``: convolutions computed in integers, of ``quantized_layers``.
+    """
+
+    path: Path
+    mode: ExportMode
+    error: float
+    agreement: float
+    integer_convs: int
+    quantized_layers: int
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    input_shape: tuple[int, ...],
+    mode: ExportMode = "float",
+    *,
+    verify_with: Tensor | None = None,
+    max_error: float | None = None,
+    min_agreement: float | None = None,
+) -> OnnxReport:
+    """Write a network as an ONNX file of standard operators that takes batches of any size.
+
+    The file is first run with onnxruntime, compared with the network in PyTorch, and written only if they agree.
+
+    Args:
+        model: any network, its quantized layers ``QuantConv2d``, ``QuantLinear``, ``EightBitConv2d`` and
+            ``EightBitLinear``; one input, one output. Exported as in evaluation, in float32; left as it is.
+        path: the file; it appears whole or not at all.
+        input_shape: of one input, without the batch, such as (3, 32, 32).
+        mode: ``float`` holds the quantized weights as floats and rounds activations in float arithmetic. ``int8``
+            computes convolutions of quantized operands in integers, and their sums in bytes: faster, and close
+            instead of equal, see ``apot_fat.export.int8``. What does not fit that form stays float.
+        verify_with: inputs (N, *input_shape) to compare on; for ``int8`` the ranges of sums are measured on them too,
+            so that they should be real ones. By default a few normally distributed ones.
+        max_error: largest ‖y_file − y‖ / ‖y‖, by default ``FLOAT_LIMIT`` or ``INT8_LIMIT``.
+        min_agreement: smallest share of inputs whose largest output is the same; by default 0 for ``float`` and
+            ``INT8_AGREEMENT`` for ``int8``.
+
+    Raises:
+        ValueError: onnx, onnxruntime or onnxscript missing, an unknown mode, inputs of another shape, a network that
+            PyTorch cannot export, or a file that disagrees with the network.
+    """
+    if mode not in get_args(ExportMode):
+        raise ValueError(f"mode {mode!r}: choose one of {', '.join(get_args(ExportMode))}")
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        _require(package)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_VERIFY_IMAGES, *input_shape, generator=generator) if verify_with is None else verify_with
+    if x.shape[1:] != tuple(input_shape) or not len(x):
+        raise ValueError(f"verify_with {tuple(x.shape)}: expected (N, {', '.join(map(str, input_shape))}), N at least 1")
+    x = x.detach().to("cpu", torch.float32).contiguous()
+    reference = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    graph, layers = _trace(reference, input_shape)
+    projections = [projection for _, projection in layers]
+    file, integer_convs = write_projections(graph, projections), 0
+    if mode == "int8":
+        numerators = [_numerators(layer) for layer, _ in layers]
+        ranges = _measure_ranges(file, graph, x)
+        file, integer_convs = write_integers(graph, projections, numerators, ranges)
+    content = file.SerializeToString()
+    with torch.no_grad():
+        expected = torch.cat([_only_output(reference(part)) for part in x.split(_CHUNK)]).numpy()
+    error, agreement = _compare(content, x.numpy(), expected)
+    limits = (FLOAT_LIMIT, 0.0) if mode == "float" else (INT8_LIMIT, INT8_AGREEMENT)
+    max_error = limits[0] if max_error is None else max_error
+    min_agreement = limits[1] if min_agreement is None else min_agreement
+    if not (error <= max_error and agreement >= min_agreement):
+        raise ValueError(
+            f"{path}: not written, since the {mode} file's outputs differ from the network's by {error:.2g} of their "
+            f"norm (at most {max_error:g}) and agree on the largest for {agreement:.1%} of {len(x)} inputs (at least "
+            f"{min_agreement:.0%}); verify with real inputs, or allow more with max_error and min_agreement"
+        )
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+    quantized = sum(isinstance(m, QuantConv2d | QuantLinear) for m in reference.modules())
+    return OnnxReport(Path(path), mode, error, agreement, integer_convs, quantized)
+
+
+def _require(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f"ONNX export needs {package}: pip install apot-fat[export]") from error
+
+
+class _PlainConv2d(nn.Conv2d):
+    """A convolution with its quantized weight as the weight, and a mark where its input is quantized."""
+
+    projection_index: int | None
+    relu: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = conv(x_q, w_q) + bias."""
+        return super().forward(_marked(x, self.projection_index, self.relu))
+
+
+class _PlainLinear(nn.Linear):
+    """As ``_PlainConv2d``."""
+
+    projection_index: int | None
+    relu: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x_q w_qᵀ + bias."""
+        return super().forward(_marked(x, self.projection_index, self.relu))
+
+
+def _marked(x: Tensor, index: int | None, relu: bool) -> Tensor:
+    if index is None:
+        return F.relu(x) if relu else x
+    return torch.onnx.ops.symbolic(
+        f"{PROJECT_DOMAIN}::{PROJECT}", (x,), {"index": index}, dtype=x.dtype, shape=x.shape, version=1
+    )
+
+
+_Quantized = QuantConv2d | QuantLinear
+Layers = list[tuple[_Quantized, Projection]]
+
+
+def _trace(reference: nn.Module, input_shape: tuple[int, ...]) -> tuple[onnx.ModelProto, Layers]:
+    # the graph with Project nodes, and the layer and quantizer that each of them stands for
+    plain = copy.deepcopy(reference)
+    layers: Layers = []
+    for original, module in zip(list(reference.modules()), list(plain.modules()), strict=True):
+        if not isinstance(module, QuantConv2d | QuantLinear | EightBitConv2d | EightBitLinear):
+            continue
+        assert isinstance(original, type(module))
+        weight = module.quantized_weight().detach().clone()
+        index, relu = None, False
+        if isinstance(original, QuantConv2d | QuantLinear):
+            relu, projection = original.relu, Projection.of(original)
+            if projection is not None:
+                index = len(layers)
+                layers.append((original, projection))
+        for name in ("weight_alpha", "act_alpha", "transform"):
+            module._parameters.pop(name, None)
+        module.__class__ = _PlainConv2d if isinstance(module, nn.Conv2d) else _PlainLinear  # type: ignore[assignment]
+        module.weight = nn.Parameter(weight)
+        module.projection_index, module.relu = index, relu  # type: ignore[assignment]
+    batch: Any = torch.export.Dim.DYNAMIC
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning, UserWarning):
+            warnings.simplefilter("ignore", category)  # of PyTorch and onnxscript about themselves
+        try:
+            program = torch.onnx.export(
+                plain,
+                (torch.zeros(2, *input_shape),),
+                dynamo=True,
+                dynamic_shapes=({0: batch},),
+                opset_version=OPSET,
+                input_names=["input"],
+                output_names=["output"],
+                verbose=False,
+            )
+        except Exception as error:
+            raise ValueError(f"PyTorch cannot export this {type(reference).__name__}: {_gist(error)}") from error
+    assert program is not None
+    return program.model_proto, layers
+
+
+def _gist(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _numerators(layer: _Quantized) -> np.ndarray | None:
+    try:
+        integers = integer_weight(layer)
+    except ValueError:  # levels too far apart for integers
+        return None
+    return None if integers is None else integers.numerators.numpy()
+
+
+def _only_output(y: Any) -> Tensor:
+    if not isinstance(y, Tensor):
+        raise ValueError(f"the network's output is a {type(y).__name__}: export one whose output is one tensor")
+    return y
+
+
+def _session(content: bytes) -> Any:
+    runtime = _require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _compare(content: bytes, x: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
+    session = _session(content)
+    name = session.get_inputs()[0].name
+    parts = [session.run(None, {name: x[start : start + _CHUNK]})[0] for start in range(0, len(x), _CHUNK)]
+    found = np.concatenate(parts)
+    if found.shape != expected.shape:
+        return np.inf, 0.0
+    difference = np.linalg.norm((found - expected).astype(np.float64))
+    error = float(difference / max(np.linalg.norm(expected.astype(np.float64)), np.finfo(np.float64).tiny))
+    if expected.ndim != 2:
+        return error, 1.0
+    return error, float((found.argmax(1) == expected.argmax(1)).mean())
+
+
+def _measure_ranges(file: onnx.ModelProto, graph: onnx.ModelProto, x: Tensor) -> dict[str, tuple[float, float]]:
+    # smallest and largest value of every float feature map (N, C, H, W) of the float network
+    import onnx
+    from onnx import helper
+
+    maps = [
+        value.name
+        for value in graph.graph.value_info
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT and len(value.type.tensor_type.shape.dim) == 4
+    ]
+    hidden = {name for node in graph.graph.node if projection_index(node) is not None for name in node.output}
+    hidden |= {tensor.name for tensor in graph.graph.initializer}
+    made = {name for node in graph.graph.node for name in node.output}
+    names = [name for name in maps if name in made and name not in hidden]
+    if not names:
+        return {}
+    probe = onnx.ModelProto()
+    probe.CopyFrom(file)
+    probe.graph.ClearField("output")
+    for name in names:
+        for op in ("ReduceMin", "ReduceMax"):
+            probe.graph.node.append(helper.make_node(op, [name], [f"{name}.{op}"], keepdims=0))
+            probe.graph.output.append(helper.make_tensor_value_info(f"{name}.{op}", onnx.TensorProto.FLOAT, []))
+    session = _session(probe.SerializeToString())
+    found = np.array([session.run(None, {session.get_inputs()[0].name: part.numpy()}) for part in x.split(_CHUNK)])
+    lows, highs = found[:, 0::2].min(0), found[:, 1::2].max(0)
+    return {name: (float(low), float(high)) for name, low, high in zip(names, lows, highs, strict=True)}
