@@ -150,13 +150,13 @@ def emit_projection(builder: GraphBuilder, x: str, projection: Projection, outpu
     last = None if sign else output
     if levels.is_uniform:
         numerators = builder.add("Round", builder.add("Mul", u, builder.constant(levels.denominator)))
-        q = builder.add("Mul", numerators, builder.constant(alpha / levels.denominator), output=last)
+        q = _emit_level(builder, numerators, projection, last)
     elif 2 * levels.denominator <= BYTE_MAX:
         table = _cell_numerators(levels)
         numerators = builder.add("Cast", emit_table(builder, emit_cells(builder, u, levels, "UINT8"), table), to=1)
-        q = builder.add("Mul", numerators, builder.constant(alpha / levels.denominator), output=last)
+        q = _emit_level(builder, numerators, projection, last)
     else:
-        values = builder.constant(np.array(levels.levels) * alpha)
+        values = builder.constant(np.array(levels.levels, np.float32) * np.float32(alpha))
         if levels.has_table:
             codes = builder.constant(levels.cell_codes, np.int32)
             code = builder.add("Gather", codes, emit_cells(builder, u, levels, "INT32"))
@@ -206,6 +206,12 @@ def emit_table(builder: GraphBuilder, codes: str, table: np.ndarray) -> str:
         total = builder.add("Add", total, term) if total else term
     total = total or builder.add("Mul", codes, builder.constant(0, np.uint8))  # a constant table
     return builder.add("Add", total, builder.constant(rest % 256, np.uint8)) if rest % 256 else total
+
+
+def _emit_level(builder: GraphBuilder, numerators: str, projection: Projection, output: str | None) -> str:
+    # two roundings, as in PyTorch: another last bit of every input would turn more decisions of the next layers
+    level = builder.add("Div", numerators, builder.constant(projection.levels.denominator))
+    return builder.add("Mul", level, builder.constant(projection.alpha), output=output)
 
 
 def _cell_numerators(levels: LevelSet) -> np.ndarray:

@@ -92,7 +92,7 @@ class _Lowering:
         self.outputs = {output.name for output in model.graph.output}
         self.bytes: dict[str, Bytes] = {}  # float tensors that exist as bytes
         self.floats: set[str] = set()  # those of them that exist as floats too
-        self.codes: dict[tuple[str, int], str] = {}
+        self.codes: dict[tuple[str, int, str], str] = {}
         self.count = 0
         for node in model.graph.node:
             self.lower(node)
@@ -251,8 +251,9 @@ class _Lowering:
         w_scale = np.maximum(np.abs(scales) / factor, np.abs(bias) / (_BIAS_MAX * x_scale))
         w_scale = np.maximum(w_scale, np.finfo(np.float32).tiny)
         w = np.round(numerators * (scales / w_scale)[:, None, None, None])
+        strides = self.strides_of_samples(node)
         inputs = [
-            self.bytes_for(project.input[0], index),
+            self.bytes_for(project.input[0], index, strides),
             builder.constant(x_scale),
             builder.constant(0, np.uint8),
             builder.constant(w, np.int8),
@@ -262,21 +263,41 @@ class _Lowering:
             builder.constant(value.zero, np.uint8),
             builder.constant(np.round(bias / (x_scale * w_scale)), np.int32),
         ]
-        builder.nodes.append(self.copy(node, inputs, y, "QLinearConv"))
+        convolution = self.copy(node, inputs, y, "QLinearConv")
+        for attribute in convolution.attribute:
+            if strides is not None and attribute.name == "strides":
+                attribute.ints[:] = [1, 1]
+        builder.nodes.append(convolution)
         self.bytes[output] = value
         self.count += 1
 
-    def bytes_for(self, x: str, index: int) -> str:
-        """The numerators of the quantized tensor."""
-        if (x, index) not in self.codes:
-            self.codes[x, index] = self.project(x, self.projections[index])
-        return self.codes[x, index]
+    def bytes_for(self, x: str, index: int, strides: list[int] | None) -> str:
+        """The numerators of the quantized tensor, at every so many rows and columns."""
+        key = x, index, str(strides)
+        if key not in self.codes:
+            self.codes[key] = self.project(x, self.projections[index], strides)
+        return self.codes[key]
 
-    def project(self, x: str, projection: Projection) -> str:
+    @staticmethod
+    def strides_of_samples(node: onnx.NodeProto) -> list[int] | None:
+        """The strides of a convolution that reads single values, and not those between; None for any other."""
+        found = {attribute.name: list(attribute.ints) for attribute in node.attribute}
+        strides, auto_pad = found.get("strides", [1, 1]), any(a.name == "auto_pad" and a.s != b"NOTSET" for a in node.attribute)
+        samples = found.get("kernel_shape") == [1, 1] and not any(found.get("pads", [])) and not auto_pad
+        return strides if samples and strides != [1, 1] else None
+
+    def project(self, x: str, projection: Projection, strides: list[int] | None) -> str:
         builder, levels = self.builder, projection.levels
+        if x not in self.bytes and any(user.op_type == "Add" and self.is_sum(user) for user in self.consumers[x]):
+            # a sum needs the bytes too
+            self.bytes[x] = self.quantize(x, *self.ranges[x])
+            self.floats.add(x)
         if x in self.bytes:
             value = self.bytes[x]
-            return emit_table(builder, value.name, projection.numerators(value.values()))
+            name = value.name if strides is None else self.sample(value.name, strides)
+            return emit_table(builder, name, projection.numerators(value.values()))
+        if strides is not None:
+            x = self.sample(x, strides)
         if levels.is_uniform:
             scale = builder.constant(projection.alpha / levels.denominator)
             codes = builder.add("QuantizeLinear", x, scale, builder.constant(0, np.uint8))
@@ -289,6 +310,10 @@ class _Lowering:
             return emit_table(builder, cells, projection.numerators(middles))
         table = builder.constant(np.array(levels.numerators)[list(levels.cell_codes)], np.uint8)
         return builder.add("Gather", table, emit_cells(builder, u, levels, "INT32"))
+
+    def sample(self, x: str, strides: list[int]) -> str:
+        bounds = ([0, 0], [np.iinfo(np.int64).max] * 2, [2, 3], strides)
+        return self.builder.add("Slice", x, *(self.builder.constant(bound, np.int64) for bound in bounds))
 
     def is_sum(self, node: onnx.NodeProto) -> bool:
         return all(name in self.ranges for name in (*node.input, *node.output))
@@ -310,3 +335,16 @@ def linear_grid(low: float, high: float) -> tuple[float, int]:
     low, high = min(low, 0.0), max(high, 0.0)
     scale = float(np.float32((high - low) / BYTE_MAX)) or 1.0
     return scale, round(-low / scale)
+
+
+def best_range(values: np.ndarray) -> tuple[float, float]:
+    """The range whose 256 steps represent the values with the least squared error: the whole one, or a part of it."""
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+
+    def squared_error(part: float) -> float:
+        scale, zero = linear_grid(part * low, part * high)
+        steps = np.clip(np.round(values / scale) + zero, 0, BYTE_MAX) - zero
+        return float(np.square(steps * scale - values).sum())
+
+    part = min((1 - step / 16 for step in range(13)), key=squared_error)
+    return part * low, part * high
