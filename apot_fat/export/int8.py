@@ -135,7 +135,7 @@ class _Lowering:
 
     def integer_weight_scales(self, node: onnx.NodeProto) -> np.ndarray | None:
         """The factor on each output channel's numerators, where the node can be an integer convolution."""
-        if node.op_type != "Conv" or node.input[0] not in self.producer:
+        if node.op_type != "Conv" or node.input[0] not in self.producer or node.output[0] not in self.ranges:
             return None
         project = self.producer[node.input[0]]
         index = projection_index(project)
@@ -224,7 +224,10 @@ class _Lowering:
     def range_of(self, name: str) -> tuple[float, float]:
         """Smallest and largest value worth representing: a ReLU that alone takes the tensor makes it non-negative."""
         user = self.only_consumer(name)
-        return self.ranges[user.output[0] if user is not None and self.clip_bounds(user) else name]
+        low, high = self.ranges[name]
+        if user is None or self.clip_bounds(user) is None:
+            return low, high
+        return self.ranges.get(user.output[0], (0.0, high))
 
     def convolve(self, node: onnx.NodeProto, scales: np.ndarray) -> None:
         builder, output = self.builder, node.output[0]
@@ -282,7 +285,10 @@ class _Lowering:
     def strides_of_samples(node: onnx.NodeProto) -> list[int] | None:
         """The strides of a convolution that reads single values, and not those between; None for any other."""
         found = {attribute.name: list(attribute.ints) for attribute in node.attribute}
-        strides, auto_pad = found.get("strides", [1, 1]), any(a.name == "auto_pad" and a.s != b"NOTSET" for a in node.attribute)
+        strides, auto_pad = (
+            found.get("strides", [1, 1]),
+            any(a.name == "auto_pad" and a.s != b"NOTSET" for a in node.attribute),
+        )
         samples = found.get("kernel_shape") == [1, 1] and not any(found.get("pads", [])) and not auto_pad
         return strides if samples and strides != [1, 1] else None
 
@@ -325,9 +331,7 @@ class _Lowering:
             if value is None or value.offset:
                 value = self.quantize(self.as_float(name), *self.ranges[name])
             operands.append(self.dequantize(value))
-        self.bytes[node.output[0]] = self.quantize(
-            self.builder.add("Add", *operands), *self.range_of(node.output[0])
-        )
+        self.bytes[node.output[0]] = self.quantize(self.builder.add("Add", *operands), *self.range_of(node.output[0]))
 
 
 def linear_grid(low: float, high: float) -> tuple[float, int]:
