@@ -172,6 +172,14 @@ def test_cells_of_the_next_quantizer_keep_its_decisions(tmp_path: Path) -> None:
     assert report.error < 0.02
 
 
+def test_ties_that_rounding_decides_do_not_refuse_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    spec = preset("apot-cifar", bits=3, act_alpha=1.5)
+    layers = [QuantConv2d(3, 8, 3, spec=spec), QuantConv2d(8, 8, 3, spec=spec, relu=True), nn.Flatten()]
+    report = export_onnx(nn.Sequential(*layers), tmp_path / "net.onnx", (3, 16, 16))
+    assert report.error <= report.max_error
+
+
 def test_negative_levels_stay_float(tmp_path: Path) -> None:
     model = nn.Sequential(QuantConv2d(3, 4, 3, spec=preset("fat-cifar", bits=4)), nn.Flatten()).eval()
     report = export_onnx(model, tmp_path / "net.onnx", (3, 8, 8), "int8")
