@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from apot_fat.checkpoint import load_packed, load_weights, save_packed
-from apot_fat.export import integer_network
+from apot_fat.export import export_onnx, integer_network
 from apot_fat.quant import (
     LevelSet,
     QuantConv2d,
@@ -37,6 +37,7 @@ __all__ = [
     "clipping_table",
     "cost_report",
     "dequantize",
+    "export_onnx",
     "integer_network",
     "load_packed",
     "load_weights",

@@ -1,5 +1,14 @@
-"""Export: what a trained network becomes outside of training."""
+"""Networks as other programs run them: ONNX files; and integer-only inference as their proof."""
 
 from apot_fat.export.integer import Divergence, IntegerLayer, compare_networks, integer_network, simulated_accumulator
+from apot_fat.export.onnx import OnnxReport, export_onnx
 
-__all__ = ["Divergence", "IntegerLayer", "compare_networks", "integer_network", "simulated_accumulator"]
+__all__ = [
+    "Divergence",
+    "IntegerLayer",
+    "OnnxReport",
+    "compare_networks",
+    "export_onnx",
+    "integer_network",
+    "simulated_accumulator",
+]

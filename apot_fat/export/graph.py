@@ -1,0 +1,236 @@
+"""ONNX graphs: a builder, and the activation quantizer as standard operators.
+
+onnxruntime runs ``Gather`` at a hundredth of the speed of elementwise arithmetic, so that a look-up in a small table is
+written as arithmetic on bytes here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from apot_fat.quant.fake_quant import positive
+from apot_fat.quant.layers import QuantConv2d, QuantLinear
+from apot_fat.quant.levels import LevelSet
+from apot_fat.quant.spec import InputClip
+
+if TYPE_CHECKING:
+    import onnx
+
+PROJECT_DOMAIN, PROJECT = "apot_fat", "Project"
+"""The operator that stands for an activation quantizer until it is written out; its ``index`` says which."""
+BYTE_MAX = 255
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A layer's activation quantizer.
+
+    Equation: x_q = α · Π_L(clip(x / α)); with ``signed`` α · sign(u) · Π_L(min(|u|, 1)), u = x / α.
+
+    Args:
+        levels: L.
+        alpha: α, same unit as x, > 0.
+        clip: as in ``quantize_activation``.
+        signed: whether negative values have levels of their own.
+    """
+
+    levels: LevelSet
+    alpha: float
+    clip: InputClip
+    signed: bool = False
+
+    @classmethod
+    def of(cls, layer: QuantConv2d | QuantLinear) -> Projection | None:
+        """A layer's, or None where it takes its input as it is."""
+        levels = layer._act_set
+        if layer.act_alpha is None or levels is None:
+            return None
+        clip: InputClip = "relu" if layer.relu else layer.spec.act_clip
+        signed = getattr(layer.spec, "act_signed", False) and not layer.relu
+        return cls(levels, positive(layer.act_alpha.detach()).float().item(), clip, signed)
+
+    @property
+    def keeps_negatives(self) -> bool:
+        """Whether a negative value may become another than 0."""
+        return self.signed or (self.levels.is_uniform and self.clip == "above")
+
+    def numerators(self, values: np.ndarray) -> np.ndarray:
+        """The numerators n of α · n / d that non-negative values become; float64 in, int64 out, same shape."""
+        u = np.clip(values / self.alpha, 0, 1)
+        if self.levels.is_uniform:
+            return np.round(u * self.levels.denominator).astype(np.int64)
+        return np.array(self.levels.numerators)[np.searchsorted(self.levels.thresholds, u, side="right")]
+
+
+class GraphBuilder:
+    """The nodes and constants of a graph that takes the place of another one's, with its inputs and outputs."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        from onnx import numpy_helper
+
+        self.source = model
+        self.nodes: list[onnx.NodeProto] = []
+        self.given = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._to_array = numpy_helper.to_array
+        self._constants: dict[str, onnx.TensorProto] = {}
+        self._names: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+
+    def array(self, name: str) -> np.ndarray | None:
+        """The values of a constant of the source graph; None for anything else."""
+        return self._to_array(self.given[name]) if name in self.given else None
+
+    def constant(self, value: Any, dtype: Any = np.float32) -> str:
+        """The name of a constant."""
+        from onnx import numpy_helper
+
+        array = np.asarray(value, dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._names:
+            name = self._names[key] = f"apot_fat.constant{len(self._names)}"
+            self._constants[name] = numpy_helper.from_array(array, name)
+        return self._names[key]
+
+    def add(self, op: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
+        """Append an operator of one output; its name."""
+        from onnx import helper
+
+        output = output or f"apot_fat.value{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, list(inputs), [output], **attributes))
+        return output
+
+    def finish(self) -> onnx.ModelProto:
+        """The whole model."""
+        import onnx
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self.source)
+        used = {name for node in self.nodes for name in node.input} | {o.name for o in model.graph.output}
+        kept = [t for name, t in (self.given | self._constants).items() if name in used]
+        for field in ("node", "initializer", "value_info"):
+            model.graph.ClearField(field)
+        model.graph.node.extend(self.nodes)
+        model.graph.initializer.extend(kept)
+        opsets = [opset for opset in model.opset_import if opset.domain != PROJECT_DOMAIN]
+        model.ClearField("opset_import")
+        model.opset_import.extend(opsets)
+        return model
+
+
+def projection_index(node: onnx.NodeProto) -> int | None:
+    """Which quantizer a node stands for; None for any other node."""
+    if node.domain != PROJECT_DOMAIN or node.op_type != PROJECT:
+        return None
+    return next(attribute.i for attribute in node.attribute if attribute.name == "index")
+
+
+def write_projections(model: onnx.ModelProto, projections: list[Projection]) -> onnx.ModelProto:
+    """The same model with every quantizer written out in float arithmetic."""
+    builder = GraphBuilder(model)
+    for node in model.graph.node:
+        index = projection_index(node)
+        if index is None:
+            builder.nodes.append(node)
+        else:
+            emit_projection(builder, node.input[0], projections[index], node.output[0])
+    return builder.finish()
+
+
+def emit_projection(builder: GraphBuilder, x: str, projection: Projection, output: str) -> None:
+    """α times the nearest level, with the decisions of ``project``: float in, float out."""
+    levels, alpha = projection.levels, projection.alpha
+    u = builder.add("Div", x, builder.constant(alpha))
+    sign = None
+    if projection.signed:
+        sign, u = builder.add("Sign", u), builder.add("Abs", u)
+    low = "" if projection.keeps_negatives else builder.constant(0)
+    u = builder.add("Clip", u, low, builder.constant(1))
+    last = None if sign else output
+    if levels.is_uniform:
+        numerators = builder.add("Round", builder.add("Mul", u, builder.constant(levels.denominator)))
+        q = _emit_level(builder, numerators, projection, last)
+    elif 2 * levels.denominator <= BYTE_MAX:
+        table = _cell_numerators(levels)
+        numerators = builder.add("Cast", emit_table(builder, emit_cells(builder, u, levels, "UINT8"), table), to=1)
+        q = _emit_level(builder, numerators, projection, last)
+    else:
+        values = builder.constant(np.array(levels.levels, np.float32) * np.float32(alpha))
+        if levels.has_table:
+            codes = builder.constant(levels.cell_codes, np.int32)
+            code = builder.add("Gather", codes, emit_cells(builder, u, levels, "INT32"))
+        else:
+            code = _emit_search(builder, u, levels)
+        q = builder.add("Gather", values, code, output=last)
+    if sign:
+        builder.add("Mul", q, sign, output=output)
+
+
+def emit_cells(builder: GraphBuilder, u: str, levels: LevelSet, integer_type: str) -> str:
+    """floor(u · 2d), on which the nearest level alone depends; u in [0, 1]."""
+    from onnx import TensorProto
+
+    cells = builder.add("Mul", u, builder.constant(2 * levels.denominator))
+    return builder.add("Cast", cells, to=TensorProto.DataType.Value(integer_type))
+
+
+def emit_table(builder: GraphBuilder, codes: str, table: np.ndarray) -> str:
+    """table[codes] of bytes for a table that nowhere falls, as arithmetic.
+
+    Equation: table[c] = table[0] + Σ_r w_r · (clip(c, low_r, high_r) − low_r), one r for each run of equal jumps w_r,
+    in the arithmetic of bytes (modulo 256).
+
+    Args:
+        builder: the graph.
+        codes: name of the bytes.
+        table: (256,) integers, range [0, 255].
+    """
+    runs: list[list[int]] = []  # low, high, weight
+    for position, jump in enumerate(np.diff(table).tolist(), start=1):
+        if jump and runs and runs[-1][1] == position - 1 and runs[-1][2] == jump:
+            runs[-1][1] = position
+        elif jump:
+            runs.append([position - 1, position, jump])
+    rest = int(table[0])
+    by_weight: dict[int, str] = {}
+    for low, high, weight in runs:
+        bounds = builder.constant(low, np.uint8), builder.constant(high, np.uint8)
+        clipped = codes if (low, high) == (0, BYTE_MAX) else builder.add("Clip", codes, *bounds)
+        before = by_weight.get(weight)
+        by_weight[weight] = builder.add("Add", before, clipped) if before else clipped
+        rest -= weight * low
+    total = ""
+    for weight, clipped in by_weight.items():
+        term = clipped if weight == 1 else builder.add("Mul", clipped, builder.constant(weight, np.uint8))
+        total = builder.add("Add", total, term) if total else term
+    total = total or builder.add("Mul", codes, builder.constant(0, np.uint8))  # a constant table
+    return builder.add("Add", total, builder.constant(rest % 256, np.uint8)) if rest % 256 else total
+
+
+def _emit_level(builder: GraphBuilder, numerators: str, projection: Projection, output: str | None) -> str:
+    # two roundings, as in PyTorch: another last bit of every input would turn more decisions of the next layers
+    level = builder.add("Div", numerators, builder.constant(projection.levels.denominator))
+    return builder.add("Mul", level, builder.constant(projection.alpha), output=output)
+
+
+def _cell_numerators(levels: LevelSet) -> np.ndarray:
+    codes = np.array(levels.cell_codes)
+    numerators = np.array(levels.numerators)[codes]
+    return np.concatenate([numerators, np.full(BYTE_MAX + 1 - len(codes), numerators[-1])])
+
+
+def _emit_search(builder: GraphBuilder, u: str, levels: LevelSet) -> str:
+    # binary search among thresholds too far apart for a table of cells: int32 codes
+    size = 1 << levels.bits
+    thresholds = builder.constant([*levels.thresholds, *[np.inf] * (size - len(levels))])
+    half = size // 2
+    code = ""
+    while half:
+        middle = builder.constant(half - 1, np.int32)
+        where = builder.add("Add", code, middle) if code else middle
+        above = builder.add("GreaterOrEqual", u, builder.add("Gather", thresholds, where))
+        step = builder.add("Mul", builder.add("Cast", above, to=6), builder.constant(half, np.int32))
+        code = builder.add("Add", code, step) if code else step
+        half //= 2
+    return code

@@ -1,0 +1,295 @@
+"""A network as an ONNX file, in float arithmetic or with integer convolutions; checked before it is written."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apot_fat.checkpoint import atomic_write
+from apot_fat.export.graph import PROJECT, PROJECT_DOMAIN, Projection, projection_index, write_projections
+from apot_fat.export.int8 import best_range, write_integers
+from apot_fat.quant.integers import integer_weight
+from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
+
+if TYPE_CHECKING:
+    import onnx
+
+ExportMode = Literal["float", "int8"]
+OPSET = 20
+FLOAT_LIMIT = 1e-4
+"""Largest relative error of a float file, or ``OWN_ERRORS`` times PyTorch's own, see ``export_onnx``."""
+OWN_ERRORS = 3
+INT8_LIMIT = 0.25
+"""Largest relative error of an int8 file …"""
+INT8_AGREEMENT = 0.9
+"""… and smallest share of inputs with the same largest output."""
+_TIE = 1e-6  # outputs closer than this, relative to the norm, are equal
+_VERIFY_IMAGES = 8
+_CALIBRATION_IMAGES = 64
+_CHUNK = 64  # inputs run at once
+
+
+class OnnxReport(NamedTuple):
+    """What was written.
+
+    ``error``: median of ‖y_file − y‖ / ‖y‖ over the verifying inputs, and ``max_error`` what it was allowed to be;
+    ``agreement``: share of them with the same largest output; ``integer_convs``: convolutions computed in integers, of
+    ``quantized_layers``.
+    """
+
+    path: Path
+    mode: ExportMode
+    error: float
+    max_error: float
+    agreement: float
+    integer_convs: int
+    quantized_layers: int
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    input_shape: tuple[int, ...],
+    mode: ExportMode = "float",
+    *,
+    verify_with: Tensor | None = None,
+    max_error: float | None = None,
+    min_agreement: float | None = None,
+) -> OnnxReport:
+    """Write a network as an ONNX file of standard operators that takes batches of any size.
+
+    The file is first run with onnxruntime, compared with the network in PyTorch, and written only if they agree. The
+    measure is the median over the inputs of ‖y_file − y‖ / ‖y‖: two programs add in different orders, and where a value
+    lies within the last bit of a threshold they quantize it differently, which in a deep network of few bits may
+    change one input's output by a tenth (so it does between PyTorch and PyTorch in another memory format).
+
+    Args:
+        model: any network, its quantized layers ``QuantConv2d``, ``QuantLinear``, ``EightBitConv2d`` and
+            ``EightBitLinear``; one input, one output. Exported as in evaluation, in float32; left as it is.
+        path: the file; it appears whole or not at all.
+        input_shape: of one input, without the batch, such as (3, 32, 32).
+        mode: ``float`` holds the quantized weights as floats and rounds activations in float arithmetic. ``int8``
+            computes convolutions of quantized operands in integers, and their sums in bytes: faster, and close
+            instead of equal, see ``apot_fat.export.int8``. What does not fit that form stays float.
+        verify_with: inputs (N, *input_shape) to compare on; for ``int8`` the ranges of sums are measured on them too,
+            so that they should be real ones. By default a few normally distributed ones.
+        max_error: largest median error. By default ``INT8_LIMIT``, or ``FLOAT_LIMIT`` or, where that is more, the
+            median difference between PyTorch in float32 and in float64 times ``OWN_ERRORS`` (sums of levels may lie
+            on thresholds exactly, where no batch norm follows).
+        min_agreement: smallest share of inputs whose largest output is the same; by default ``INT8_AGREEMENT`` for
+            ``int8`` on given inputs, and 0 for ``float`` and on noise, of which no network is sure.
+
+    Raises:
+        ValueError: onnx, onnxruntime or onnxscript missing, an unknown mode, inputs of another shape, a network that
+            PyTorch cannot export, or a file that disagrees with the network.
+    """
+    if mode not in get_args(ExportMode):
+        raise ValueError(f"mode {mode!r}: choose one of {', '.join(get_args(ExportMode))}")
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        _require(package)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_VERIFY_IMAGES, *input_shape, generator=generator) if verify_with is None else verify_with
+    if x.shape[1:] != tuple(input_shape) or not len(x):
+        raise ValueError(
+            f"verify_with {tuple(x.shape)}: expected (N, {', '.join(map(str, input_shape))}), N at least 1"
+        )
+    x = x.detach().to("cpu", torch.float32).contiguous()
+    reference = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    graph, layers = _trace(reference, input_shape)
+    projections = [projection for _, projection in layers]
+    file, integer_convs = write_projections(graph, projections), 0
+    if mode == "int8":
+        numerators = [_numerators(layer) for layer, _ in layers]
+        ranges = _measure_ranges(file, graph, x)
+        file, integer_convs = write_integers(graph, projections, numerators, ranges)
+    content = file.SerializeToString()
+    expected = _outputs(reference, x)
+    error, agreement = _compare(_run(content, x.numpy()), expected)
+    if max_error is None:
+        max_error = INT8_LIMIT if mode == "int8" else FLOAT_LIMIT
+        if mode == "float" and error > max_error:
+            in_double = _outputs(copy.deepcopy(reference).double(), x.double())
+            max_error = max(max_error, OWN_ERRORS * _compare(in_double, expected)[0])
+    if min_agreement is None:
+        min_agreement = INT8_AGREEMENT if mode == "int8" and verify_with is not None else 0.0
+    if not (error <= max_error and agreement >= min_agreement):
+        raise ValueError(
+            f"{path}: not written, since the {mode} file's outputs differ from the network's by {error:.2g} of their "
+            f"norm (allowed: {max_error:.2g}) and agree on the largest for {agreement:.1%} of {len(x)} inputs "
+            f"(required: {min_agreement:.0%}); verify with real inputs, or allow more with max_error and min_agreement"
+        )
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+    quantized = sum(isinstance(m, QuantConv2d | QuantLinear) for m in reference.modules())
+    return OnnxReport(Path(path), mode, error, max_error, agreement, integer_convs, quantized)
+
+
+def _require(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f"ONNX export needs {package}: pip install apot-fat[export]") from error
+
+
+class _PlainConv2d(nn.Conv2d):
+    """A convolution with its quantized weight as the weight, and a mark where its input is quantized."""
+
+    projection_index: int | None
+    relu: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = conv(x_q, w_q) + bias."""
+        return super().forward(_marked(x, self.projection_index, self.relu))
+
+
+class _PlainLinear(nn.Linear):
+    """As ``_PlainConv2d``."""
+
+    projection_index: int | None
+    relu: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x_q w_qᵀ + bias."""
+        return super().forward(_marked(x, self.projection_index, self.relu))
+
+
+def _marked(x: Tensor, index: int | None, relu: bool) -> Tensor:
+    if index is None:
+        return F.relu(x) if relu else x
+    return torch.onnx.ops.symbolic(
+        f"{PROJECT_DOMAIN}::{PROJECT}", (x,), {"index": index}, dtype=x.dtype, shape=x.shape, version=1
+    )
+
+
+_Quantized = QuantConv2d | QuantLinear
+Layers = list[tuple[_Quantized, Projection]]
+
+
+def _trace(reference: nn.Module, input_shape: tuple[int, ...]) -> tuple[onnx.ModelProto, Layers]:
+    # the graph with Project nodes, and the layer and quantizer that each of them stands for
+    plain = copy.deepcopy(reference)
+    layers: Layers = []
+    for original, module in zip(list(reference.modules()), list(plain.modules()), strict=True):
+        if not isinstance(module, QuantConv2d | QuantLinear | EightBitConv2d | EightBitLinear):
+            continue
+        assert isinstance(original, type(module))
+        weight = module.quantized_weight().detach().clone()
+        index, relu = None, False
+        if isinstance(original, QuantConv2d | QuantLinear):
+            relu, projection = original.relu, Projection.of(original)
+            if projection is not None:
+                index = len(layers)
+                layers.append((original, projection))
+        for name in ("weight_alpha", "act_alpha", "transform"):
+            module._parameters.pop(name, None)
+        module.__class__ = _PlainConv2d if isinstance(module, nn.Conv2d) else _PlainLinear  # type: ignore[assignment]
+        module.weight = nn.Parameter(weight)
+        module.projection_index, module.relu = index, relu  # type: ignore[assignment]
+    batch: Any = torch.export.Dim.DYNAMIC
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning, UserWarning):
+            warnings.simplefilter("ignore", category)  # of PyTorch and onnxscript about themselves
+        try:
+            program = torch.onnx.export(
+                plain,
+                (torch.zeros(2, *input_shape),),
+                dynamo=True,
+                dynamic_shapes=({0: batch},),
+                opset_version=OPSET,
+                input_names=["input"],
+                output_names=["output"],
+                verbose=False,
+            )
+        except Exception as error:
+            raise ValueError(f"{type(reference).__name__}: PyTorch cannot export it: {_gist(error)}") from error
+    assert program is not None
+    return program.model_proto, layers
+
+
+def _gist(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _numerators(layer: _Quantized) -> np.ndarray | None:
+    try:
+        integers = integer_weight(layer)
+    except ValueError:  # levels too far apart for integers
+        return None
+    return None if integers is None else integers.numerators.numpy()
+
+
+def _only_output(y: Any) -> Tensor:
+    if not isinstance(y, Tensor):
+        raise ValueError(f"the network's output is a {type(y).__name__}: export one whose output is one tensor")
+    return y
+
+
+def _session(content: bytes) -> Any:
+    runtime = _require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _outputs(network: nn.Module, x: Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return torch.cat([_only_output(network(part)) for part in x.split(_CHUNK)]).numpy()
+
+
+def _run(content: bytes, x: np.ndarray) -> np.ndarray:
+    session = _session(content)
+    name = session.get_inputs()[0].name
+    parts = [session.run(None, {name: x[start : start + _CHUNK]})[0] for start in range(0, len(x), _CHUNK)]
+    return np.concatenate(parts)
+
+
+def _compare(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
+    # median relative error, and the share with the same largest output (or another as large)
+    if found.shape != expected.shape:
+        return np.inf, 0.0
+    rows_found, rows = found.reshape(len(found), -1).astype(float), expected.reshape(len(expected), -1).astype(float)
+    norms = np.maximum(np.linalg.norm(rows, axis=1), np.finfo(np.float32).tiny)
+    error = float(np.median(np.linalg.norm(rows_found - rows, axis=1) / norms))
+    there = rows[np.arange(len(rows)), rows_found.argmax(1)]
+    return error, float((there >= rows.max(1) - _TIE * norms).mean())
+
+
+def _measure_ranges(file: onnx.ModelProto, graph: onnx.ModelProto, x: Tensor) -> dict[str, tuple[float, float]]:
+    # the range of every float feature map (N, C, H, W) of the float network that 256 steps represent best
+    import onnx
+    from onnx import helper
+
+    hidden = {name for node in graph.graph.node if projection_index(node) is not None for name in node.output}
+    made = {name for node in graph.graph.node for name in node.output} - hidden
+    names = []
+    for value in (*graph.graph.value_info, *graph.graph.output):
+        tensor = value.type.tensor_type
+        if value.name in made and tensor.elem_type == onnx.TensorProto.FLOAT and len(tensor.shape.dim) == 4:
+            names.append(value.name)
+    if not names:
+        return {}
+    probe = onnx.ModelProto()
+    probe.CopyFrom(file)
+    probe.graph.ClearField("output")
+    probe.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
+    session = _session(probe.SerializeToString())
+    samples: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for part in x[:_CALIBRATION_IMAGES].split(1):  # the maps of one image alone may take a gigabyte
+        maps = session.run(None, {session.get_inputs()[0].name: part.numpy()})
+        for name, values in zip(names, maps, strict=True):
+            flat = values.ravel()
+            # every so many, by a number prime to sizes of maps; and the extremes
+            samples[name] += [flat[:: 1 + 2 * (flat.size // 4096 // 2)], np.array([flat.min(), flat.max()])]
+    return {name: best_range(np.concatenate(parts)) for name, parts in samples.items()}

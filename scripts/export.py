@@ -1,0 +1,105 @@
+"""Write a checkpoint's network as a small or portable file: export.py PATH --to onnx|packed --output FILE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apot_fat.checkpoint import load_weights, num_outputs, read_checkpoint, save_packed
+from apot_fat.command_line import OneLineParser, log, run_main
+from apot_fat.export import export_onnx
+from apot_fat.models import create_model, find_architecture
+from apot_fat.training.config import TrainConfig
+from apot_fat.training.run import load_config_dataset, make_batches
+
+IMAGE_SIZES = {"cifar10": 32, "imagenet": 224}  # pixels, of the data sets of the papers
+DIGITS_SIZE = 8
+VERIFY_IMAGES = 100
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export."""
+    parser = OneLineParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("checkpoint", help="a checkpoint, ours or released")
+    parser.add_argument("--to", choices=list(WRITERS), required=True, help="kind of file")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("--mode", choices=["float", "int8"], default="float", help="onnx: arithmetic (default: float)")
+    parser.add_argument("--arch", help="network; our checkpoints record theirs")
+    parser.add_argument("--bit", type=int, help="bits; our checkpoints record theirs")
+    parser.add_argument("--preset", help="quantization variant; by default what the spelling of --arch stands for")
+    parser.add_argument("--image-size", type=int, help="height and width of the images, pixels")
+    parser.add_argument(
+        "--data", metavar="NAME", help="images to measure ranges and compare on: as train.py's --data (default: noise)"
+    )
+    options = parser.parse_args(argv)
+    content = read_checkpoint(options.checkpoint)
+    names = ("arch", "bit", "preset", "image_size", "data")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    recorded = content.get("config")
+    if not isinstance(recorded, dict):
+        missing = [f"--{name}" for name in ("arch", "bit") if name not in given]
+        if missing:
+            raise ValueError(
+                f"checkpoint {options.checkpoint}: does not record its network; give {' and '.join(missing)}"
+            )
+        recorded = {}
+    config = TrainConfig.from_dict({**recorded, **given}, f"checkpoint {options.checkpoint}")
+    if "data" in given and "test_data" in recorded:
+        config = TrainConfig.from_dict({**recorded, **given, "test_data": None}, "command line")
+    classes = num_outputs(content, f"checkpoint {options.checkpoint}")
+    model = load_weights(create_model(config.arch, config.preset, config.bit, classes), content).eval()
+    images = _images(config) if "data" in given else None
+    WRITERS[options.to](model, Path(options.output), _input_shape(config, images, bool(recorded)), images, options.mode)
+
+
+def _write_onnx(model: nn.Module, path: Path, input_shape: tuple[int, ...], images: Tensor | None, mode: Any) -> None:
+    report = export_onnx(model, path, input_shape, mode, verify_with=images)
+    inputs = f"{len(images)} images" if images is not None else "noise"
+    log.info("%s: %d of %d quantized layers in integers", path, report.integer_convs, report.quantized_layers)
+    log.info(
+        "compared with PyTorch on %s: median error %.2g of the norm (allowed: %.2g), same largest output for %.1f%%",
+        inputs,
+        report.error,
+        report.max_error,
+        100 * report.agreement,
+    )
+
+
+def _write_packed(model: nn.Module, path: Path, *_: object) -> None:
+    log.info("%s: %d bytes", path, save_packed(model, path))
+
+
+WRITERS: dict[str, Callable[[nn.Module, Path, tuple[int, ...], Tensor | None, str], None]] = {
+    "onnx": _write_onnx,
+    "packed": _write_packed,
+}
+
+
+def _images(config: TrainConfig) -> Tensor:
+    is_one_set = Path(config.data).is_file() and config.test_data is None
+    dataset = load_config_dataset(config, need_train=not is_one_set)
+    batches = make_batches(config, dataset.train or dataset.test, torch.device("cpu"))
+    found: list[Tensor] = []
+    for batch in batches:
+        found.append(batch[0])
+        if sum(map(len, found)) >= VERIFY_IMAGES:
+            break
+    return torch.cat(found)[:VERIFY_IMAGES]
+
+
+def _input_shape(config: TrainConfig, images: Tensor | None, is_recorded: bool) -> tuple[int, ...]:
+    if images is not None:
+        return tuple(images.shape[1:])
+    trained_on_digits = is_recorded and config.data == "digits"
+    size = config.image_size or (
+        DIGITS_SIZE if trained_on_digits else IMAGE_SIZES[find_architecture(config.arch).dataset]
+    )
+    return 3, size, size
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from apot_fat.checkpoint import load_weights, write_checkpoint
+from apot_fat.data import load_dataset
+from apot_fat.data.images import normalize
+from apot_fat.data.normalization import CIFAR_APOT
+from apot_fat.export import export_onnx
+from apot_fat.export.graph import GraphBuilder, Projection, emit_projection, emit_table
+from apot_fat.export.int8 import best_range, linear_grid
+from apot_fat.models import create_model
+from apot_fat.quant import QuantConv2d, QuantLinear, level_set, preset, quantize_activation
+from apot_fat.quant.layers import EightBitConv2d, EightBitLinear
+from apot_fat.quant.spec import InputClip
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+def run_file(path: Path | bytes, x: Tensor, threads: int = 1) -> Tensor:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    content = path if isinstance(path, bytes) else str(path)
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def one_input_graph(kind: int) -> Any:
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph([], "g", [info("x", kind, ["n"])], [info("y", kind, ["n"])])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+
+
+class Small(nn.Module):
+    """Grouped and strided convolutions, a sum, ReLU6, pooling, and linear layers on (N, C) and (N, T, C)."""
+
+    def __init__(self, name: str, bits: int) -> None:
+        super().__init__()
+        spec = preset(name, bits=bits, act_alpha=2.0)
+        self.stem = nn.Sequential(EightBitConv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.conv1 = QuantConv2d(8, 8, 3, padding=1, groups=4, spec=spec)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = QuantConv2d(8, 8, 3, padding=1, spec=spec, relu=True)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.conv3 = QuantConv2d(8, 12, 1, stride=2, spec=spec, bias=True)
+        self.bn3 = nn.BatchNorm2d(12)
+        self.conv4 = QuantConv2d(12, 12, 3, padding=1, spec=spec)
+        self.tokens = QuantLinear(12, 16, spec=spec)
+        self.last = EightBitLinear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))) + x)
+        x = nn.functional.max_pool2d(nn.functional.relu6(self.bn3(self.conv3(x))), 2)
+        x = nn.functional.adaptive_avg_pool2d(torch.relu(self.conv4(x)), 2)
+        return self.last(self.tokens(x.flatten(2).transpose(1, 2)).mean(1))
+
+
+def small(name: str, bits: int) -> nn.Module:
+    model = Small(name, bits)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 0, 1)  # negative factors too
+            nn.init.normal_(module.bias, 0, 0.3)
+            module.running_mean = torch.randn(module.num_features) / 4
+            module.running_var = torch.rand(module.num_features) + 0.5
+    return model.eval()
+
+
+@pytest.mark.parametrize("clip", ["above", "both", "relu"])
+@pytest.mark.parametrize(
+    ("family", "bits"),
+    [(family, bits) for family in ("uniform", "apot", "pot") for bits in (2, 3, 4, 5, 8)],
+)
+def test_quantizer_makes_the_published_decisions(family: str, bits: int, clip: InputClip) -> None:
+    levels = level_set(family, bits)
+    alpha = torch.tensor(1.0)
+    thresholds = torch.tensor(levels.thresholds)
+    x = torch.cat([thresholds, torch.nextafter(thresholds, torch.tensor(0.0)), torch.linspace(-1.5, 1.5, 999)])
+    builder = GraphBuilder(one_input_graph(1))
+    emit_projection(builder, "x", Projection(levels, 1.0, clip), "y")
+    found = run_file(builder.finish().SerializeToString(), x)
+    assert torch.equal(found, quantize_activation(x, alpha, levels, clip=clip).abs() * found.sign())
+
+
+def test_signed_quantizer_mirrors_the_levels() -> None:
+    levels, alpha = level_set("apot", 3), 0.7
+    x = torch.linspace(-1, 1, 501)
+    builder = GraphBuilder(one_input_graph(1))
+    emit_projection(builder, "x", Projection(levels, alpha, "above", signed=True), "y")
+    expected = x.sign() * quantize_activation(x.abs(), torch.tensor(alpha), levels)
+    assert torch.equal(run_file(builder.finish().SerializeToString(), x), expected)
+
+
+def test_table_as_arithmetic_of_bytes() -> None:
+    rng = np.random.default_rng(0)
+    random = np.sort(rng.integers(0, 256, 256))
+    tables = [random, np.arange(256), np.minimum(np.arange(256), 15), np.repeat([7, 255], 128), np.full(256, 9)]
+    x = torch.arange(256).to(torch.uint8)
+    for table in tables:
+        builder = GraphBuilder(one_input_graph(2))
+        builder.add("Identity", emit_table(builder, "x", table), output="y")
+        assert run_file(builder.finish().SerializeToString(), x).tolist() == table.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("apot-cifar", 3), ("fat-cifar", 4), ("apot-imagenet-pot", 5), ("uniform-mobilenet", 8), ("apot-cifar", 32)],
+)
+def test_float_file_equals_the_network_on_any_batch(name: str, bits: int, tmp_path: Path) -> None:
+    model = small(name, bits).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    report = export_onnx(model, tmp_path / "net.onnx", (3, 16, 16))
+    assert report.error <= 1e-5
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    x = torch.randn(6, 3, 16, 16)
+    with torch.no_grad():
+        expected = model.eval()(x)
+    found = torch.cat([run_file(tmp_path / "net.onnx", part) for part in x.split([1, 5])])
+    errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    assert (errors <= 1e-4).sum() >= 5  # a last bit may turn a decision
+    file = onnx.load(tmp_path / "net.onnx")
+    onnx.checker.check_model(file, full_check=True)
+    assert {node.domain for node in file.graph.node} == {""}
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "convs"),
+    [("apot-cifar", 3, 4), ("fat-cifar", 4, 4), ("apot-imagenet", 4, 4), ("apot-imagenet-uniform", 8, 0)],
+)
+def test_int8_file_is_close_and_has_integer_convolutions(name: str, bits: int, convs: int, tmp_path: Path) -> None:
+    model = small(name, bits)
+    x = torch.randn(32, 3, 16, 16)
+    report = export_onnx(
+        model, tmp_path / "net.onnx", (3, 16, 16), "int8", verify_with=x, max_error=0.1, min_agreement=0.8
+    )
+    file = onnx.load(tmp_path / "net.onnx")
+    onnx.checker.check_model(file, full_check=True)
+    kinds = [node.op_type for node in file.graph.node]
+    assert report.integer_convs == kinds.count("QLinearConv") == convs
+    assert kinds.count("Conv") == 5 - convs
+    with torch.no_grad():
+        assert run_file(tmp_path / "net.onnx", x[:3]).shape == model(x[:3]).shape
+
+
+def test_cells_of_the_next_quantizer_keep_its_decisions(tmp_path: Path) -> None:
+    # without sums every decision is taken on integers: hardly a value may differ
+    spec = preset("apot-cifar", bits=4, act_alpha=2.0)
+    body = [
+        QuantConv2d(4, 16, 3, padding=1, spec=spec, relu=True),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        QuantConv2d(16, 4, 3, padding=1, spec=spec),
+    ]
+    model = nn.Sequential(*body).eval()
+    x = 2 * torch.randn(4, 4, 12, 12)
+    report = export_onnx(model, tmp_path / "net.onnx", (4, 12, 12), "int8", verify_with=x, min_agreement=0)
+    assert report.integer_convs == 2
+    assert report.error < 0.02
+
+
+def test_ties_that_rounding_decides_do_not_refuse_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    spec = preset("apot-cifar", bits=3, act_alpha=1.5)
+    layers = [QuantConv2d(3, 8, 3, spec=spec), QuantConv2d(8, 8, 3, spec=spec, relu=True), nn.Flatten()]
+    report = export_onnx(nn.Sequential(*layers), tmp_path / "net.onnx", (3, 16, 16))
+    assert report.error <= report.max_error
+
+
+def test_negative_levels_stay_float(tmp_path: Path) -> None:
+    model = nn.Sequential(QuantConv2d(3, 4, 3, spec=preset("fat-cifar", bits=4)), nn.Flatten()).eval()
+    report = export_onnx(model, tmp_path / "net.onnx", (3, 8, 8), "int8")
+    assert report.integer_convs == 0
+    assert report.error <= 1e-5
+
+
+def test_a_file_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apot_fat.export.graph._cell_numerators", lambda levels: np.minimum(np.arange(256), 10))
+    with pytest.raises(ValueError, match=r"differ from the network's by .* \(allowed: .*\)"):
+        export_onnx(small("apot-cifar", 3), tmp_path / "net.onnx", (3, 16, 16))
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), tmp_path / "net.onnx"
+    with pytest.raises(ValueError, match="choose one of float, int8"):
+        export_onnx(model, path, (4,), "int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"expected \(N, 4\)"):
+        export_onnx(model, path, (4,), verify_with=torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="PyTorch cannot export it"):
+        export_onnx(model, path, (5,))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ValueError, match=r"needs onnxscript: pip install apot-fat\[export\]"):
+        export_onnx(model, path, (4,))
+
+
+def test_importing_the_room_needs_no_onnx() -> None:
+    code = "import sys; sys.modules['onnx'] = sys.modules['onnxruntime'] = None; import apot_fat.export"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_grids_hold_zero_and_the_best_range_leaves_outliers_out() -> None:
+    assert linear_grid(0.0, 255.0) == (1.0, 0)
+    assert linear_grid(0.0, 0.0) == (1.0, 0)
+    scale, zero = linear_grid(-1.0, 3.0)
+    assert 0 < zero < 255
+    assert (0 - zero) * scale == pytest.approx(-1, abs=scale)
+    values = np.append(np.linspace(0, 1, 100_000), 4.0)
+    assert best_range(values)[1] < 4
+    assert best_range(values[:-1]) == (0, 1)
+
+
+def test_released_network_classifies_the_same(reference: Path, tmp_path: Path) -> None:
+    images = reference / "data/cifar10_lossless_test.npz"
+    data = load_dataset(str(images), test_source=str(images), need_train=False).test
+    mean, std = CIFAR_APOT
+    x = normalize(data.images_NHWC[:100], torch.tensor(mean), torch.tensor(std)).permute(0, 3, 1, 2).contiguous()  # type: ignore[union-attr]
+    weights = reference / "reference/released/res20_3bit/model_best.pth.tar"
+    model = load_weights(create_model("resnet20", "apot-cifar", 3), weights).eval()
+    exact = export_onnx(model, tmp_path / "float.onnx", (3, 32, 32), verify_with=x)
+    assert exact.error <= 1e-5
+    assert exact.agreement >= 0.98
+    integer = export_onnx(model, tmp_path / "int8.onnx", (3, 32, 32), "int8", verify_with=x)
+    assert integer.integer_convs == integer.quantized_layers == 20
+    assert integer.agreement >= 0.94
+
+
+def test_script_writes_a_file_and_says_mistakes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    main = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "export.py"))["main"]
+    caplog.set_level("INFO", "apot_fat")
+    path = tmp_path / "net.pth.tar"
+    write_checkpoint({"state_dict": create_model("resnet20", "fat-cifar", 4).state_dict()}, path)
+    line = [str(path), "--to", "onnx", "--output", str(tmp_path / "net.onnx")]
+    main([*line, "--arch", "resnet_20", "--bit", "4"])
+    assert "compared with PyTorch on noise" in caplog.text
+    assert run_file(tmp_path / "net.onnx", torch.randn(3, 3, 32, 32)).shape == (3, 10)
+    with pytest.raises(ValueError, match="does not record its network; give --arch and --bit"):
+        main(line)
