@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 import torchvision
 from torch import nn
 
-from apot_fat import load_packed, quantize, save_packed
+from apot_fat import export_onnx, load_packed, quantize, save_packed
 
 timm = pytest.importorskip("timm")
 
@@ -73,6 +74,10 @@ def test_a_network_is_converted_trained_and_packed(name: str, method: str, tmp_p
     loaded = load_packed(path, float_network)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), model(x), atol=0, rtol=0)
+    report = "onnxruntime is not installed"
+    if importlib.util.find_spec("onnxruntime") and method == "apot":
+        error = export_onnx(model, tmp_path / "float.onnx", (3, 64, 64), verify_with=x).error
+        report = f"{error:.1e}"
     left = Counter(row.note for row in done.rows if not row.is_quantized)
     full = 4 * sum(parameter.numel() for parameter in float_network.parameters())
-    print(f"\n{name} | {method} | {len(done.converted)} | {dict(left) or 'nothing'} | {size / full:.3f}")
+    print(f"\n{name} | {method} | {len(done.converted)} | {dict(left) or 'nothing'} | {size / full:.3f} | {report}")
