@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from apot_fat.checkpoint import fetch_released, load_weights, read_manifest, torchvision_weights, write_checkpoint
+from apot_fat.checkpoint import fetch_released, load_weights, read_manifest, torchvision_weights
 from apot_fat.checkpoint import released as room
 from apot_fat.models import create_model, default_preset
 from apot_fat.quant import PRESETS
@@ -82,7 +82,8 @@ def test_torchvision_weights_fill_quantized_networks(offline: Path, arch: str, m
     reference = get_model(arch).eval()
     weights: Any = next(iter(get_model_weights(arch)))
     path = offline / "checkpoints" / weights.url.rsplit("/", 1)[1]
-    write_checkpoint(reference.state_dict(), path)
+    path.parent.mkdir(parents=True)
+    torch.save(reference.state_dict(), path)
     load: Callable[..., Any] = lambda *args, **options: torch.load(path, weights_only=True)  # noqa: E731
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", load)
     state = torchvision_weights(arch)
