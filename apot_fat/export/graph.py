@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PROJECT_DOMAIN, PROJECT = "apot_fat", "Project"
 """The operator that stands for an activation quantizer until it is written out; its ``index`` says which."""
+ONNXRUNTIME_DOMAIN = "com.microsoft"
 BYTE_MAX = 255
 
 
@@ -116,6 +117,9 @@ class GraphBuilder:
         opsets = [opset for opset in model.opset_import if opset.domain != PROJECT_DOMAIN]
         model.ClearField("opset_import")
         model.opset_import.extend(opsets)
+        domains = {opset.domain for opset in opsets}
+        if ONNXRUNTIME_DOMAIN not in domains and any(node.domain == ONNXRUNTIME_DOMAIN for node in self.nodes):
+            model.opset_import.append(onnx.helper.make_opsetid(ONNXRUNTIME_DOMAIN, 1))
         return model
 
 
@@ -175,7 +179,7 @@ def emit_cells(builder: GraphBuilder, u: str, levels: LevelSet, integer_type: st
     return builder.add("Cast", cells, to=TensorProto.DataType.Value(integer_type))
 
 
-def emit_table(builder: GraphBuilder, codes: str, table: np.ndarray) -> str:
+def emit_table(builder: GraphBuilder, codes: str, table: np.ndarray, *, threaded: bool = False) -> str:
     """table[codes] of bytes for a table that nowhere falls, as arithmetic.
 
     Equation: table[c] = table[0] + Σ_r w_r · (clip(c, low_r, high_r) − low_r), one r for each run of equal jumps w_r,
@@ -185,6 +189,8 @@ def emit_table(builder: GraphBuilder, codes: str, table: np.ndarray) -> str:
         builder: the graph.
         codes: name of the bytes.
         table: (256,) integers, range [0, 255].
+        threaded: count jumps of one height that rise along a line in one operator, onnxruntime's own
+            ``QLinearLeakyRelu``: it runs on all threads, where ``Clip`` and ``Add`` of bytes run on one.
     """
     runs: list[list[int]] = []  # low, high, weight
     for position, jump in enumerate(np.diff(table).tolist(), start=1):
@@ -194,6 +200,19 @@ def emit_table(builder: GraphBuilder, codes: str, table: np.ndarray) -> str:
             runs.append([position - 1, position, jump])
     rest = int(table[0])
     by_weight: dict[int, str] = {}
+    if threaded:
+        for weight in sorted({weight for _, _, weight in runs}):
+            jumps = [high for low, high, w in runs if w == weight and high == low + 1]
+            for first, last, zero, slope in _lines(jumps):
+                scales = builder.constant(slope), builder.constant(zero, np.uint8), builder.constant(1.0)
+                base = BYTE_MAX - (last - first)  # so that the count ends where bytes do
+                by = builder.constant(base, np.uint8)
+                term = builder.add("QLinearLeakyRelu", codes, *scales, by, domain=ONNXRUNTIME_DOMAIN, alpha=0.0)
+                rest -= weight * base
+                before = by_weight.get(weight)
+                by_weight[weight] = builder.add("Add", before, term) if before else term
+                taken = set(jumps[first:last])
+                runs = [run for run in runs if not (run[2] == weight and run[1] in taken and run[1] == run[0] + 1)]
     for low, high, weight in runs:
         bounds = builder.constant(low, np.uint8), builder.constant(high, np.uint8)
         clipped = codes if (low, high) == (0, BYTE_MAX) else builder.add("Clip", codes, *bounds)
@@ -206,6 +225,35 @@ def emit_table(builder: GraphBuilder, codes: str, table: np.ndarray) -> str:
         total = builder.add("Add", total, term) if total else term
     total = total or builder.add("Mul", codes, builder.constant(0, np.uint8))  # a constant table
     return builder.add("Add", total, builder.constant(rest % 256, np.uint8)) if rest % 256 else total
+
+
+def _lines(jumps: list[int]) -> list[tuple[int, int, int, float]]:
+    """Stretches jumps[first:last] of at least three, with z and s so that round((c − z) s) counts those up to c."""
+    lines = []
+    first = 0
+    while first < len(jumps):
+        found = None
+        for last in range(first + 3, len(jumps) + 1):
+            line = _line(jumps[first:last])
+            if line is None:
+                break
+            found = (first, last, *line)
+        if found:
+            lines.append(found)
+            first = found[1]
+        else:
+            first += 1
+    return lines
+
+
+def _line(jumps: list[int]) -> tuple[int, float] | None:
+    for zero in range(jumps[0]):
+        # (jump − z) s >= i − 1/2 > (jump − 1 − z) s
+        low = max((i + 0.5) / (jump - zero) for i, jump in enumerate(jumps))
+        high = min((i + 0.5) / (jump - 1 - zero) if jump - 1 > zero else 1.0 for i, jump in enumerate(jumps))
+        if high - low > 1e-4:
+            return zero, (low + high) / 2
+    return None
 
 
 def _emit_level(builder: GraphBuilder, numerators: str, projection: Projection, output: str | None) -> str:

@@ -301,7 +301,7 @@ class _Lowering:
         if x in self.bytes:
             value = self.bytes[x]
             name = value.name if strides is None else self.sample(value.name, strides)
-            return emit_table(builder, name, projection.numerators(value.values()))
+            return emit_table(builder, name, projection.numerators(value.values()), threaded=True)
         if strides is not None:
             x = self.sample(x, strides)
         if levels.is_uniform:
@@ -313,7 +313,7 @@ class _Lowering:
         if 2 * levels.denominator <= BYTE_MAX:
             cells = emit_cells(builder, u, levels, "UINT8")
             middles = (np.arange(BYTE_MAX + 1) + 0.5) / (2 * levels.denominator) * projection.alpha
-            return emit_table(builder, cells, projection.numerators(middles))
+            return emit_table(builder, cells, projection.numerators(middles), threaded=True)
         table = builder.constant(np.array(levels.numerators)[list(levels.cell_codes)], np.uint8)
         return builder.add("Gather", table, emit_cells(builder, u, levels, "INT32"))
 
