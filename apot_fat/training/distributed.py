@@ -145,6 +145,15 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def largest_over_processes(value: int, device: torch.device) -> int:
+    """The largest of all processes' values; the value itself for one."""
+    if not dist.is_initialized():
+        return value
+    values = torch.tensor(value, device=device)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return int(values)
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every process's value, by rank."""
     if not dist.is_initialized():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from apot_fat.training.device import choose_device
 from apot_fat.training.distributed import (
     Processes,
     gather_objects,
+    largest_over_processes,
     launched,
     process_group,
     synchronize_batch_norm,
@@ -153,7 +153,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
         say = log.info if processes.is_first else None
         for epoch in range(len(history), config.epochs):
             train_batches.set_epoch(epoch)
-            saver = _StepSaver(records, trackers, history, watch, config.checkpoint_every)
+            saver = _StepSaver(records, trackers, history, watch, config.checkpoint_every, device)
             trained = train_epoch(
                 trained_model,
                 train_batches,
@@ -178,8 +178,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
             log.info(" * Prec %.3f%%", tested.top1)
             history.append(_metrics(epoch, optimizer, model, trained, tested, held_out))
             records.save(trackers, history)
-            if epoch + 1 < config.epochs:
-                saver.stop_if_asked(saved=True)
+            saver.stop_if_asked(saved=True)
     return _summary(folder, config, history)
 
 
@@ -274,17 +273,19 @@ class _StepSaver:
         history: list[dict[str, Any]],
         watch: SignalWatch,
         every: int,
+        device: torch.device,
     ) -> None:
         self.records, self.trackers, self.history, self.watch, self.every = records, trackers, history, watch, every
+        self.device = device
         self.steps = 0
-        self.position: Callable[[], Position] | None = None
+        self.reached: tuple[int, Meter] | None = None
 
     def after_step(self, batches: int, meter: Meter) -> None:
         self.steps += 1
-        self.position = lambda: Position(batches, meter.state())
+        self.reached = batches, meter
         due = self.every > 0 and self.steps % self.every == 0
         if due:
-            self.records.save_within_epoch(self.trackers, self.history, self.position())
+            self._save()
         self.stop_if_asked(saved=due)
 
     def after_test_batch(self) -> None:
@@ -293,14 +294,18 @@ class _StepSaver:
             self.stop_if_asked(saved=False)
 
     def stop_if_asked(self, *, saved: bool) -> None:
-        asked = self.watch.received or 0
-        if self.records.processes.is_distributed:  # a signal may reach the processes in different steps
-            asked = max(gather_objects(asked))
+        # a signal may reach the processes in different steps
+        asked = largest_over_processes(self.watch.received or 0, self.device)
         if not asked:
             return
-        if not saved and self.position is not None:
-            self.records.save_within_epoch(self.trackers, self.history, self.position())
+        if not saved:
+            self._save()
         raise InterruptedRunError(asked, f"saved in {self.records.folder}; go on with --resume auto")
+
+    def _save(self) -> None:
+        if self.reached is not None:
+            batches, meter = self.reached
+            self.records.save_within_epoch(self.trackers, self.history, Position(batches, meter.state()))
 
 
 def is_finished(config: TrainConfig) -> bool:
