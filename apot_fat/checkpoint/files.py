@@ -72,10 +72,7 @@ def write_checkpoint(content: dict[str, Any], path: str | os.PathLike[str], *, k
     size = buffer.tell()
     try:
         with atomic_write(path) as temporary:
-            with temporary.open("wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
+            temporary.write_bytes(buffer.getbuffer())
             if temporary.read_bytes() != buffer.getbuffer():
                 raise OSError("what was written reads back differently")
             if keep_before and path.exists():
@@ -149,7 +146,7 @@ def _link_over(source: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place if the block succeeds and is removed if it does not."""
+    """A temporary path beside ``path``: flushed and renamed to it if the block succeeds, removed if it does not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -158,6 +155,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary.chmod(0o666 & ~_umask())
     try:
         yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
