@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from apot_fat.models import default_preset, find_architecture
+from apot_fat.text import one_line
 from apot_fat.training.config import TrainConfig, field_type
 from apot_fat.training.distributed import launched
 from apot_fat.training.interruption import InterruptedRunError
@@ -123,11 +124,6 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(0)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split())
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -18,3 +18,8 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[s
 
     rule = "  ".join("─" * width for width in widths)
     return "\n".join([line(head), rule, *(line(row) for row in rows)])
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())

@@ -21,7 +21,7 @@ from apot_fat.models import create_model
 from apot_fat.quant.fake_quant import quantize_activation
 from apot_fat.quant.kernels import set_kernels
 from apot_fat.quant.spec import PRESETS, preset
-from apot_fat.report import aligned
+from apot_fat.text import aligned
 from apot_fat.training.compile import compile_network
 from apot_fat.training.config import COMPILE_MODES
 from apot_fat.training.device import choose_device

@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> None:
                 f"checkpoint {options.checkpoint}: does not record its network; give {' and '.join(missing)}"
             )
         recorded = {}
+    if "data" in given:
+        given["test_data"] = None  # the recorded one belongs to other data
     config = TrainConfig.from_dict({**recorded, **given}, f"checkpoint {options.checkpoint}")
-    if "data" in given and "test_data" in recorded:
-        config = TrainConfig.from_dict({**recorded, **given, "test_data": None}, "command line")
     classes = num_outputs(content, f"checkpoint {options.checkpoint}")
     model = load_weights(create_model(config.arch, config.preset, config.bit, classes), content).eval()
     images = _images(config) if "data" in given else None

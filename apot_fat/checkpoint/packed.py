@@ -29,7 +29,7 @@ from apot_fat.models import create_model
 from apot_fat.quant.convert import convert_layer
 from apot_fat.quant.fake_quant import positive
 from apot_fat.quant.integers import EIGHT_BIT_DENOMINATOR, integer_weight
-from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized, EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
 from apot_fat.quant.spec import FLOAT_BITS, QuantSpec
 
 FORMAT = "apot-fat packed"
@@ -48,9 +48,6 @@ class _Plan(NamedTuple):
     weight: Tensor | None
 
 
-_Quantized = QuantConv2d | QuantLinear | EightBitConv2d | EightBitLinear
-
-
 def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     """Write a network to a packed file, atomically.
 
@@ -65,7 +62,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
         ValueError: no quantized layer, two that share one weight, or powers of two over more than 2^31; nothing is
             then written.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _Quantized)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, AnyQuantized)}
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no quantized layer: there is nothing to pack")
     weights = [id(module.weight) for module in layers.values()]
@@ -133,7 +130,8 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         except TypeError as error:
             raise ValueError(f"packed file {path}: its metadata are damaged") from error
         model = create_model(**network)
-    _check_fit(path, model, plans, state)
+    else:
+        _check_fit(path, model, plans, state)
     for name, plan in plans.items():
         _set_layer(model.get_submodule(name), plan)
     with torch.no_grad():

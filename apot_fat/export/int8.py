@@ -285,10 +285,8 @@ class _Lowering:
     def strides_of_samples(node: onnx.NodeProto) -> list[int] | None:
         """The strides of a convolution that reads single values, and not those between; None for any other."""
         found = {attribute.name: list(attribute.ints) for attribute in node.attribute}
-        strides, auto_pad = (
-            found.get("strides", [1, 1]),
-            any(a.name == "auto_pad" and a.s != b"NOTSET" for a in node.attribute),
-        )
+        strides = found.get("strides", [1, 1])
+        auto_pad = any(a.name == "auto_pad" and a.s != b"NOTSET" for a in node.attribute)
         samples = found.get("kernel_shape") == [1, 1] and not any(found.get("pads", [])) and not auto_pad
         return strides if samples and strides != [1, 1] else None
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from apot_fat.checkpoint import atomic_write
 from apot_fat.export.graph import PROJECT, PROJECT_DOMAIN, Projection, projection_index, write_projections
 from apot_fat.export.int8 import best_range, write_integers
+from apot_fat.quant.convert import fold_weight
 from apot_fat.quant.integers import integer_weight
-from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear
 
 if TYPE_CHECKING:
     import onnx
@@ -179,20 +180,15 @@ def _trace(reference: nn.Module, input_shape: tuple[int, ...]) -> tuple[onnx.Mod
     plain = copy.deepcopy(reference)
     layers: Layers = []
     for original, module in zip(list(reference.modules()), list(plain.modules()), strict=True):
-        if not isinstance(module, QuantConv2d | QuantLinear | EightBitConv2d | EightBitLinear):
+        if not isinstance(module, AnyQuantized):
             continue
-        assert isinstance(original, type(module))
-        weight = module.quantized_weight().detach().clone()
         index, relu = None, False
         if isinstance(original, QuantConv2d | QuantLinear):
             relu, projection = original.relu, Projection.of(original)
             if projection is not None:
                 index = len(layers)
                 layers.append((original, projection))
-        for name in ("weight_alpha", "act_alpha", "transform"):
-            module._parameters.pop(name, None)
-        module.__class__ = _PlainConv2d if isinstance(module, nn.Conv2d) else _PlainLinear  # type: ignore[assignment]
-        module.weight = nn.Parameter(weight)
+        fold_weight(module, _PlainConv2d if isinstance(module, nn.Conv2d) else _PlainLinear)
         module.projection_index, module.relu = index, relu  # type: ignore[assignment]
     batch: Any = torch.export.Dim.DYNAMIC
     with warnings.catch_warnings():

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apot_fat.quant.fake_quant import quantize_weight
-from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized, EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
 from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.spec import FLOAT_BITS, PRESETS, QuantSpec, check_bits, nearest, preset
-from apot_fat.text import aligned
+from apot_fat.text import aligned, one_line
 
 METHODS: dict[str, dict[str, Any]] = {
     "apot": {"name": "apot-imagenet"},
@@ -130,7 +130,7 @@ def quantize(
     if isinstance(edge_bits, bool) or edge_bits not in EDGE_BITS:
         raise ValueError(f"edge_bits {edge_bits!r}: choose 8, or 32 to leave first and last layer float")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
-    already = [name for name, module in layers.items() if not _is_float_layer(module)]
+    already = [name for name, module in layers.items() if isinstance(module, AnyQuantized)]
     if already:
         raise ValueError(f"layer {already[0]!r} is quantized already: use set_bits, or dequantize the network first")
     if not layers:
@@ -149,10 +149,13 @@ def quantize(
     edges = {order[0]: "first layer", order[-1]: "last layer"}
 
     plans: dict[str, tuple[QuantSpec | None, str]] = {}  # None is an 8-bit weight
+    fixed = set()
     for name in order:
         fields_given = {
             k: v for pattern, values in given.items() if fnmatchcase(name, pattern) for k, v in values.items()
         }
+        if {"bits", "weight_bits", "act_bits"} & set(fields_given):
+            fixed.add(name)
         if name in excluded:
             reasons[name] = "excluded"
         elif name in edges and not fields_given:
@@ -175,7 +178,7 @@ def quantize(
             continue
         if seen is not None:
             _fit(module, spec, seen[name].values)
-        if any(fnmatchcase(name, p) and {"bits", "weight_bits", "act_bits"} & set(v) for p, v in given.items()):
+        if name in fixed:
             module.fixed_bits = True  # type: ignore[assignment]
         weight = "float" if spec.weight_bits == FLOAT_BITS else f"{spec.weight_levels}/{spec.weight_bits}"
         taken = "float" if spec.act_bits == FLOAT_BITS else f"{spec.act_levels}/{spec.act_bits}"
@@ -194,21 +197,29 @@ def dequantize(model: nn.Module) -> nn.Module:
     """
     model = copy.deepcopy(model)
     for module in model.modules():
-        if not isinstance(module, QuantConv2d | QuantLinear | EightBitConv2d | EightBitLinear):
-            continue
-        with torch.no_grad():
-            weight = nn.Parameter(module.quantized_weight().detach().clone(), requires_grad=module.weight.requires_grad)
-        takes_relu = getattr(module, "relu", False)
-        for name in ("weight_alpha", "act_alpha", "transform"):
-            module._parameters.pop(name, None)
-        for name in ("relu", "fixed_bits", "_spec", "_weight_set", "_act_set", "_kept"):
-            module.__dict__.pop(name, None)
-        module.weight = weight
-        if isinstance(module, nn.Conv2d):
-            module.__class__ = _ReluConv2d if takes_relu else nn.Conv2d  # type: ignore[assignment]
-        else:
-            module.__class__ = _ReluLinear if takes_relu else nn.Linear  # type: ignore[assignment]
+        if isinstance(module, AnyQuantized):
+            takes_relu = getattr(module, "relu", False)
+            plain = (_ReluConv2d, _ReluLinear) if takes_relu else (nn.Conv2d, nn.Linear)
+            fold_weight(module, plain[0] if isinstance(module, nn.Conv2d) else plain[1])
     return model
+
+
+def fold_weight(module: nn.Module, plain: type[nn.Module]) -> None:
+    """Turn one quantized layer into a plain one with the quantized weight as its weight, in place.
+
+    Args:
+        module: a ``QuantConv2d``, ``QuantLinear``, ``EightBitConv2d`` or ``EightBitLinear``.
+        plain: ``nn.Conv2d``, ``nn.Linear``, or a class derived from it; the module's class from now on.
+    """
+    assert isinstance(module, AnyQuantized)
+    with torch.no_grad():
+        weight = nn.Parameter(module.quantized_weight().detach().clone(), requires_grad=module.weight.requires_grad)
+    for name in ("weight_alpha", "act_alpha", "transform"):
+        module._parameters.pop(name, None)
+    for name in ("relu", "fixed_bits", "_spec", "_weight_set", "_act_set", "_kept"):
+        module.__dict__.pop(name, None)
+    module.weight = weight
+    module.__class__ = plain  # type: ignore[assignment]
 
 
 def fit_threshold(values: Tensor, levels: LevelSet, *, signed: bool) -> float:
@@ -269,10 +280,6 @@ def _base_spec(method: str, bits: int, weight_bits: int | None, act_bits: int | 
     return preset(options.pop("name"), bits, **options)
 
 
-def _is_float_layer(module: nn.Module) -> bool:
-    return not isinstance(module, QuantConv2d | QuantLinear | EightBitConv2d | EightBitLinear)
-
-
 def _matching(patterns: Sequence[str], layers: Mapping[str, nn.Module], label: str) -> set[str]:
     matched = set()
     if isinstance(patterns, str):
@@ -327,8 +334,8 @@ def _watch(model: nn.Module, layers: Mapping[str, nn.Module], batch: Tensor | No
         model.eval()
         model(batch)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"calibration of shape {tuple(batch.shape)}: the network refuses it ({reason})") from error
+        shape = tuple(batch.shape)
+        raise ValueError(f"calibration of shape {shape}: the network refuses it ({one_line(error)})") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -270,7 +270,9 @@ def _activation_gradients(
     grad_scale: float,
 ) -> tuple[Tensor, Tensor]:
     above = u > 1
-    outside = {"above": lambda: above, "both": lambda: above | (u < 0), "relu": lambda: above | (u <= 0)}[clip]()
+    outside = above
+    if clip != "above":
+        outside = above | (u < 0 if clip == "both" else u <= 0)
     if alpha_gradient == "clipped-only":
         slope = above.to(u.dtype)
     else:

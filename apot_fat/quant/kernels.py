@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from apot_fat.quant.spec import KernelChoice
+from apot_fat.text import one_line
 
 AUTO_ELEMENTS = 1 << 18
 """``auto`` compiles for tensors of at least this many elements; smaller ones do not earn back the compilation."""
@@ -147,8 +148,7 @@ def compiler_works(device_type: str) -> bool:
     try:
         torch.compile(_probe, fullgraph=True)(torch.ones(2, device=device_type))
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        log.info("quantizers run eagerly on %s: no working compiler (%s)", device_type, reason)
+        log.info("quantizers run eagerly on %s: no working compiler (%s)", device_type, one_line(error)[:200])
         return False
     log.info("quantizers are compiled on %s", device_type)
     return True

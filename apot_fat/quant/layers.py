@@ -375,6 +375,9 @@ class EightBitLinear(_KeepsWeight, nn.Linear):
         return F.linear(x, self.quantized_weight(), self.bias)
 
 
+AnyQuantized = QuantConv2d | QuantLinear | EightBitConv2d | EightBitLinear
+
+
 @dataclass(frozen=True)
 class LayerClipping:
     """One row of ``clipping_table``: a layer's thresholds as used, its bits and, with FAT, its mask's range."""

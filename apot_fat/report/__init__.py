@@ -3,6 +3,5 @@
 from apot_fat.report.cost import CostReport, LayerCost, cost_report
 from apot_fat.report.figures import draw_runs
 from apot_fat.report.table import find_runs, runs_table
-from apot_fat.text import aligned
 
-__all__ = ["CostReport", "LayerCost", "aligned", "cost_report", "draw_runs", "find_runs", "runs_table"]
+__all__ = ["CostReport", "LayerCost", "cost_report", "draw_runs", "find_runs", "runs_table"]

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from apot_fat import load_packed, load_weights, preset, quantize, save_packed, set_bits
+from apot_fat import load_packed, load_weights, quantize, save_packed, set_bits
 from apot_fat.checkpoint.packed import pack_bits, unpack_bits
 from apot_fat.models import create_model
 from apot_fat.quant import PRESETS
@@ -136,7 +136,6 @@ def test_bad_files(tmp_path: Path) -> None:
             load_packed(bad)
     with pytest.raises(ValueError, match="no such file"):
         load_packed(tmp_path / "none")
-    assert preset("apot-cifar", bits=3).weight_bits == 3
 
 
 @pytest.mark.parametrize("bits", [3, 4])

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from apot_fat.report import aligned, draw_runs, find_runs, runs_table
+from apot_fat.report import draw_runs, find_runs, runs_table
+from apot_fat.text import aligned
 from apot_fat.training import TrainConfig, train
 
 
