@@ -49,8 +49,8 @@ NETWORKS = {
 }
 # FAT's products with a (4096, 4096) transform take minutes here
 EXCLUDED = {("vgg11_bn", "fat"): ["classifier.*"]}
-# Untrained, with an input that a value on a threshold upsets: PyTorch in float64 differs from itself in float32 as much
-ON_THRESHOLDS = ("resnext50_32x4d", "vgg11_bn", "timm swin_tiny")
+# Untrained, with inputs that a value on a threshold upsets: PyTorch in float64 differs from itself in float32 as much
+ON_THRESHOLDS = ("timm swin_tiny",)
 SMALL = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "timm vit_tiny")
 ALL = [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in NETWORKS]
 
@@ -61,6 +61,9 @@ def test_a_network_is_converted_trained_and_packed(name: str, method: str, tmp_p
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = NETWORKS[name]()
+    head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    if head and not head[0].weight.any():  # whose outputs would all be equal
+        nn.init.normal_(head[0].weight, std=0.05)
     float_network = copy.deepcopy(model)
     x = torch.randn(4, 3, 64, 64)
     done = quantize(model, 4, method, calibration=x, exclude=EXCLUDED.get((name, method), []))
@@ -77,7 +80,7 @@ def test_a_network_is_converted_trained_and_packed(name: str, method: str, tmp_p
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), model(x), atol=0, rtol=0)
     report = "onnxruntime is not installed"
-    if importlib.util.find_spec("onnxruntime") and method == "apot":
+    if importlib.util.find_spec("onnxruntime"):
         limit = 1.0 if name in ON_THRESHOLDS else None
         error = export_onnx(model, tmp_path / "float.onnx", (3, 64, 64), verify_with=x, max_error=limit).error
         assert error < 1e-4 or name in ON_THRESHOLDS

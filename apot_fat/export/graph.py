@@ -36,12 +36,14 @@ class Projection:
         alpha: α, same unit as x, > 0.
         clip: as in ``quantize_activation``.
         signed: whether negative values have levels of their own.
+        as_integers: give the numerators n of x_q = α · n / d instead, as floats.
     """
 
     levels: LevelSet
     alpha: float
     clip: InputClip
     signed: bool = False
+    as_integers: bool = False
 
     @classmethod
     def of(cls, layer: QuantConv2d | QuantLinear) -> Projection | None:
@@ -143,7 +145,7 @@ def write_projections(model: onnx.ModelProto, projections: list[Projection]) -> 
 
 
 def emit_projection(builder: GraphBuilder, x: str, projection: Projection, output: str) -> None:
-    """α times the nearest level, with the decisions of ``project``: float in, float out."""
+    """α times the nearest level, or its numerator, with the decisions of ``project``: float in, float out."""
     levels, alpha = projection.levels, projection.alpha
     u = builder.add("Div", x, builder.constant(alpha))
     sign = None
@@ -153,14 +155,15 @@ def emit_projection(builder: GraphBuilder, x: str, projection: Projection, outpu
     u = builder.add("Clip", u, low, builder.constant(1))
     last = None if sign else output
     if levels.is_uniform:
-        numerators = builder.add("Round", builder.add("Mul", u, builder.constant(levels.denominator)))
-        q = _emit_level(builder, numerators, projection, last)
+        u = builder.add("Mul", u, builder.constant(levels.denominator))
+        q = _emit_level(builder, "Round", u, projection, last)
     elif 2 * levels.denominator <= BYTE_MAX:
         table = _cell_numerators(levels)
-        numerators = builder.add("Cast", emit_table(builder, emit_cells(builder, u, levels, "UINT8"), table), to=1)
-        q = _emit_level(builder, numerators, projection, last)
+        numerators = emit_table(builder, emit_cells(builder, u, levels, "UINT8"), table)
+        q = _emit_level(builder, "Cast", numerators, projection, last, to=1)
     else:
-        values = builder.constant(np.array(levels.levels, np.float32) * np.float32(alpha))
+        scaled = np.array(levels.levels, np.float32) * np.float32(alpha)
+        values = builder.constant(levels.numerators if projection.as_integers else scaled)
         if levels.has_table:
             codes = builder.constant(levels.cell_codes, np.int32)
             code = builder.add("Gather", codes, emit_cells(builder, u, levels, "INT32"))
@@ -256,9 +259,14 @@ def _line(jumps: list[int]) -> tuple[int, float] | None:
     return None
 
 
-def _emit_level(builder: GraphBuilder, numerators: str, projection: Projection, output: str | None) -> str:
+def _emit_level(
+    builder: GraphBuilder, op: str, x: str, projection: Projection, output: str | None, **attributes: Any
+) -> str:
+    # op(x) is the numerators
+    if projection.as_integers:
+        return builder.add(op, x, output=output, **attributes)
     # two roundings, as in PyTorch: another last bit of every input would turn more decisions of the next layers
-    level = builder.add("Div", numerators, builder.constant(projection.levels.denominator))
+    level = builder.add("Div", builder.add(op, x, **attributes), builder.constant(projection.levels.denominator))
     return builder.add("Mul", level, builder.constant(projection.alpha), output=output)
 
 

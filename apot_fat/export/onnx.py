@@ -6,6 +6,7 @@ import copy
 import importlib
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -37,6 +38,7 @@ _TIE = 1e-6  # outputs closer than this, relative to the norm, are equal
 _VERIFY_IMAGES = 8
 _CALIBRATION_IMAGES = 64
 _CHUNK = 64  # inputs run at once
+_EXACT_FLOAT = 1 << 24  # integers up to here are float32 numbers
 
 
 class OnnxReport(NamedTuple):
@@ -78,7 +80,9 @@ def export_onnx(
             ``EightBitLinear``; one input, one output. Exported as in evaluation, in float32; left as it is.
         path: the file; it appears whole or not at all.
         input_shape: of one input, without the batch, such as (3, 32, 32).
-        mode: ``float`` holds the quantized weights as floats and rounds activations in float arithmetic. ``int8``
+        mode: ``float`` computes in float arithmetic, with the numerators of the levels as operands wherever float32
+            holds their sums exactly: these are the same in whatever order a runtime adds, and scaled afterwards (by a
+            division, since runtimes fold a factor into the weights). ``int8``
             computes convolutions of quantized operands in integers, and their sums in bytes: faster, and close
             instead of equal, see ``apot_fat.export.int8``. What does not fit that form stays float.
         verify_with: inputs (N, *input_shape) to compare on; for ``int8`` the ranges of sums are measured on them too,
@@ -105,7 +109,7 @@ def export_onnx(
         )
     x = x.detach().to("cpu", torch.float32).contiguous()
     reference = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    graph, layers = _trace(reference, input_shape)
+    graph, layers = _trace(reference, input_shape, in_integers=mode == "float")
     projections = [projection for _, projection in layers]
     file, integer_convs = write_projections(graph, projections), 0
     if mode == "int8":
@@ -142,14 +146,22 @@ def _require(package: str) -> Any:
 
 
 class _PlainConv2d(nn.Conv2d):
-    """A convolution with its quantized weight as the weight, and a mark where its input is quantized."""
+    """A convolution with its quantized weight as the weight, and a mark where its input is quantized.
+
+    With ``unit`` both operands are the numerators of their levels, and y = conv(n_a, n_w) / unit + bias.
+    """
 
     projection_index: int | None
     relu: bool
+    unit: float | None
 
     def forward(self, x: Tensor) -> Tensor:
         """y = conv(x_q, w_q) + bias."""
-        return super().forward(_marked(x, self.projection_index, self.relu))
+        x = _marked(x, self.projection_index, self.relu)
+        if self.unit is None:
+            return super().forward(x)
+        y = self._conv_forward(x, self.weight, None) / self.unit
+        return y if self.bias is None else y + self.bias[:, None, None]
 
 
 class _PlainLinear(nn.Linear):
@@ -157,10 +169,15 @@ class _PlainLinear(nn.Linear):
 
     projection_index: int | None
     relu: bool
+    unit: float | None
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x_q w_qᵀ + bias."""
-        return super().forward(_marked(x, self.projection_index, self.relu))
+        x = _marked(x, self.projection_index, self.relu)
+        if self.unit is None:
+            return super().forward(x)
+        y = F.linear(x, self.weight) / self.unit
+        return y if self.bias is None else y + self.bias
 
 
 def _marked(x: Tensor, index: int | None, relu: bool) -> Tensor:
@@ -175,21 +192,25 @@ _Quantized = QuantConv2d | QuantLinear
 Layers = list[tuple[_Quantized, Projection]]
 
 
-def _trace(reference: nn.Module, input_shape: tuple[int, ...]) -> tuple[onnx.ModelProto, Layers]:
+def _trace(reference: nn.Module, input_shape: tuple[int, ...], *, in_integers: bool) -> tuple[onnx.ModelProto, Layers]:
     # the graph with Project nodes, and the layer and quantizer that each of them stands for
     plain = copy.deepcopy(reference)
     layers: Layers = []
     for original, module in zip(list(reference.modules()), list(plain.modules()), strict=True):
         if not isinstance(module, AnyQuantized):
             continue
-        index, relu = None, False
+        index, relu, unit, numerators = None, False, None, None
         if isinstance(original, QuantConv2d | QuantLinear):
             relu, projection = original.relu, Projection.of(original)
             if projection is not None:
                 index = len(layers)
-                layers.append((original, projection))
+                if in_integers:
+                    numerators, unit = _exact_operands(original, projection)
+                layers.append((original, replace(projection, as_integers=unit is not None)))
         fold_weight(module, _PlainConv2d if isinstance(module, nn.Conv2d) else _PlainLinear)
-        module.projection_index, module.relu = index, relu  # type: ignore[assignment]
+        if numerators is not None:
+            module.weight = nn.Parameter(numerators)
+        module.projection_index, module.relu, module.unit = index, relu, unit  # type: ignore[assignment]
     batch: Any = torch.export.Dim.DYNAMIC
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning, UserWarning):
@@ -216,6 +237,21 @@ def _gist(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _exact_operands(layer: _Quantized, projection: Projection) -> tuple[Tensor | None, float | None]:
+    # the weight's numerators and the sums' unit d_a d_w / (α_a α_w), where float32 holds every sum of products exactly
+    try:
+        integers = integer_weight(layer)
+    except ValueError:  # levels too far apart for integers
+        return None, None
+    if integers is None:
+        return None, None
+    largest = int(integers.numerators.abs().flatten(1).sum(1).max()) * projection.levels.denominator
+    if largest > _EXACT_FLOAT:
+        return None, None
+    step = projection.alpha / projection.levels.denominator * integers.scale.double().item() / integers.denominator
+    return integers.numerators.float(), 1 / step
 
 
 def _numerators(layer: _Quantized) -> np.ndarray | None:

@@ -18,8 +18,10 @@ from apot_fat.data.normalization import CIFAR_APOT
 from apot_fat.export import export_onnx
 from apot_fat.export.graph import GraphBuilder, Projection, emit_projection, emit_table
 from apot_fat.export.int8 import best_range, linear_grid
+from apot_fat.export.integer import IntegerLayer
 from apot_fat.models import create_model
 from apot_fat.quant import QuantConv2d, QuantLinear, level_set, preset, quantize_activation
+from apot_fat.quant.integers import integer_weight
 from apot_fat.quant.layers import EightBitConv2d, EightBitLinear
 from apot_fat.quant.spec import InputClip
 
@@ -135,6 +137,17 @@ def test_float_file_equals_the_network_on_any_batch(name: str, bits: int, tmp_pa
     file = onnx.load(tmp_path / "net.onnx")
     onnx.checker.check_model(file, full_check=True)
     assert {node.domain for node in file.graph.node} == {""}
+
+
+@pytest.mark.parametrize(("name", "bits"), [("apot-cifar", 4), ("fat-cifar", 3), ("apot-imagenet-pot", 3)])
+def test_float_file_sums_exactly(name: str, bits: int, tmp_path: Path) -> None:
+    layer = QuantConv2d(64, 8, 3, padding=1, spec=preset(name, bits=bits, act_alpha=2.0)).eval()
+    weight, x = integer_weight(layer), torch.rand(4, 64, 9, 9) * 3
+    assert weight is not None
+    unit = 2.0 / layer.spec.act_set.denominator * weight.scale.double() / weight.denominator
+    export_onnx(layer, tmp_path / "layer.onnx", (64, 9, 9), verify_with=x)
+    expected = IntegerLayer(layer).accumulate(x).float() / (1 / unit).float()
+    assert torch.equal(run_file(tmp_path / "layer.onnx", x, threads=2), expected)
 
 
 @pytest.mark.parametrize(
