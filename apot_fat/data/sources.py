@@ -9,22 +9,22 @@ import contextlib
 import io
 import os
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from apot_fat.data.decoding import IMAGE_SUFFIXES, read_image
 from apot_fat.data.images import Dataset, FileSet, ImageSet
 from apot_fat.quant.spec import nearest
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 MAX_BYTES_IN_MEMORY = 8 << 30
 _THREADS_FROM_PIXELS = 64 * 64  # below, decoding is so short that threads wait on the interpreter: 6.8k images/s with
 # one thread against 3.9k with two at 32 × 32 (2 cores)
@@ -173,9 +173,15 @@ def _read_set(
 
 def _read_npz(path: Path, image_size: int | None, classes: tuple[str, ...] | None) -> tuple[ImageSet, tuple[str, ...]]:
     try:
+        if not path.is_file():
+            raise ValueError("a device or a pipe")
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > MAX_BYTES_IN_MEMORY:
+            raise ValueError(f"{unpacked >> 30} GiB unpacked")
         with np.load(path, allow_pickle=False) as content:
             images, labels = content["images"], content["labels"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not an .npz file with arrays `images` and `labels`") from error
     if images.ndim == 4 and images.shape[1] == 3 and images.shape[3] != 3:
         images = images.transpose(0, 2, 3, 1)
@@ -189,7 +195,7 @@ def _read_npz(path: Path, image_size: int | None, classes: tuple[str, ...] | Non
 
 
 def _list_folder(path: Path, classes: tuple[str, ...] | None) -> tuple[FileSet, tuple[str, ...]]:
-    found = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
+    found = tuple(sorted(entry.name for entry in _entries_inside(path, path) if entry.is_dir()))
     if not found:
         raise ValueError(f"{path}: holds no class folders")
     unknown = sorted(set(found) - set(classes or found))
@@ -200,7 +206,7 @@ def _list_folder(path: Path, classes: tuple[str, ...] | None) -> tuple[FileSet, 
     files, labels = [], []
     for name in found:
         inside = sorted(
-            (entry for entry in os.scandir(path / name) if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES),
+            (e for e in _entries_inside(path / name, path) if Path(e.name).suffix.lower() in IMAGE_SUFFIXES),
             key=lambda e: e.name,
         )
         files += [os.fsencode(entry.path) for entry in inside]
@@ -208,6 +214,17 @@ def _list_folder(path: Path, classes: tuple[str, ...] | None) -> tuple[FileSet, 
     if not files:
         raise ValueError(f"{path}: its class folders hold no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return FileSet(np.array(files), torch.tensor(labels)), classes
+
+
+def _entries_inside(folder: Path, root: Path) -> Iterator[os.DirEntry[str]]:
+    # what a folder holds; a set of images from elsewhere must not read other files through links
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root.resolve()):
+                raise ValueError(
+                    f"{entry.path}: a symbolic link out of {root}; put a copy there, or link {root} itself"
+                )
+            yield entry
 
 
 def _decode_all(files: FileSet, path: Path, image_size: int | None) -> ImageSet:
@@ -240,11 +257,7 @@ def _decode_all(files: FileSet, path: Path, image_size: int | None) -> ImageSet:
 
 
 def _decode(file: Path, fit: v2.Transform | None) -> Tensor:
-    try:
-        with Image.open(file) as image:
-            rgb = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: not a readable image (JPEG, PNG or WebP)") from error
+    rgb = read_image(file)
     return torch.from_numpy(np.array(fit(rgb) if fit else rgb))
 
 

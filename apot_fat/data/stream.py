@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
+from apot_fat.data.decoding import read_image
 from apot_fat.data.images import FileSet, normalize
 from apot_fat.data.sharding import Batch, EpochPlan, PlannedBatches, Sharding, epoch_generator, mix_seed
 
@@ -140,9 +140,8 @@ class _DecodedFiles(TorchDataset[tuple[Tensor | None, int, Path]]):
         epoch, index = key
         path, label = self.files.path(index), int(self.files.labels_N[index])
         try:
-            with Image.open(path) as image:
-                rgb = image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            rgb = read_image(path)
+        except ValueError:
             return None, label, path
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix_seed(self.seed, epoch, index + 1))

@@ -48,10 +48,10 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         ValueError: no such file, no TOML, an unknown key (with the nearest known one) or a bad value.
     """
     path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"config {path}: no such file")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"config {path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path}: not readable as text") from error
     except tomllib.TOMLDecodeError as error:

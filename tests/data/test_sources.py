@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,45 @@ def test_folder_mistakes(image_folder: Path) -> None:
         load_dataset(str(image_folder))
     with pytest.raises(ValueError, match="holds no class folders"):
         load_dataset(str(image_folder / "train/cat"), test_source=str(image_folder / "val"))
+
+
+def test_hostile_folders(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (12, 12)).save(tmp_path / "elsewhere/secret.png")
+    link = image_folder / "train/dog/4.png"
+    link.symlink_to(image_folder / "train/dog/0.png")
+    assert len(load_dataset(str(image_folder)).train or ()) == 9  # within the folder
+    link.unlink()
+    link.symlink_to("../../../elsewhere/secret.png")
+    with pytest.raises(ValueError, match=r"4\.png: a symbolic link out of .*train"):
+        load_dataset(str(image_folder), stream=True)
+    link.unlink()
+    (image_folder / "train/bird").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="bird: a symbolic link out of"):
+        load_dataset(str(image_folder))
+    (image_folder / "train/bird").unlink()
+    (tmp_path / "link").symlink_to(image_folder)
+    load_dataset(str(tmp_path / "link"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 143)  # Pillow itself warns up to twice that
+    with pytest.raises(ValueError, match="more than 143 pixels"):
+        load_dataset(str(image_folder))
+
+
+def test_hostile_npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def written(name: str, header: str, size: int) -> str:
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            text = f"{header}\n".encode()
+            archive.writestr("images.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(size))
+            archive.writestr("labels.npy", b"")
+        return str(tmp_path / name)
+
+    claim = "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000, 3, 1000, 1000)}"
+    huge = written("huge.npz", claim, 100)
+    bomb = written("bomb.npz", claim, 3_000_000)
+    monkeypatch.setattr("apot_fat.data.sources.MAX_BYTES_IN_MEMORY", 1 << 20)
+    for path in (huge, bomb, "/dev/zero"):
+        with pytest.raises(ValueError, match=r"not an \.npz file"):
+            load_dataset(path, need_train=False)
 
 
 def test_jpeg_pixels_are_the_decoded_ones(tmp_path: Path) -> None:
