@@ -57,6 +57,9 @@ def process_group(processes: Processes, device: torch.device, timeout_s: float) 
 
     Args:
         timeout_s: seconds after which waiting for another process ends in an error.
+
+    Raises:
+        OSError: the processes do not find each other: the port is taken, or nobody answers.
     """
     if not processes.is_distributed or dist.is_initialized():
         yield
@@ -64,7 +67,14 @@ def process_group(processes: Processes, device: torch.device, timeout_s: float) 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise OSError(
+            f"process {processes.rank} of {processes.world} cannot join the others at {where} "
+            f"({str(error).splitlines()[0]}); choose a free --master-port"
+        ) from error
     try:
         yield
     finally:
