@@ -22,12 +22,15 @@ from apot_fat.quant.frequency import frequency_transform
 from apot_fat.quant.product import REMEMBER_ELEMENTS, ActSettings, ConvSettings, quantized_product
 from apot_fat.quant.spec import FLOAT_BITS, InputClip, QuantSpec, check_bits, preset
 
+CONSTANT = 1e-6
+"""A weight whose standard deviation is at most this share of its |mean| is constant but for rounding."""
+
 
 def normalize_weight(w: Tensor, spec: QuantSpec) -> Tensor:
     """The weight in the unit its threshold is given in.
 
     Equation: ŵ = (w − mean(w)) / std(w) over the whole tensor, std unbiased (``standardize``); w − mean(w)
-    (``center``); w (``none``). A constant weight has std 0 and gives ŵ = 0.
+    (``center``); w (``none``). A constant weight has std 0 but for rounding, std ≤ 1e-6 |mean|, and gives ŵ = 0.
 
     Args:
         w: weight, any shape.
@@ -40,13 +43,14 @@ def normalize_weight(w: Tensor, spec: QuantSpec) -> Tensor:
     if spec.weight_norm == "none":
         return w
     source = w if spec.weight_norm_gradient else w.detach()
-    centered = w - source.mean()
+    mean = source.mean()
+    centered = w - mean
     if spec.weight_norm == "center":
         return centered
     if w.numel() < 2:
         return centered
     std = source.std()
-    return centered / torch.where(std == 0, 1, std)
+    return centered / torch.where(std <= CONSTANT * mean.detach().abs(), 1, std)
 
 
 class _KeepsWeight(nn.Module):
