@@ -280,7 +280,7 @@ def evaluate(
     amp: str = "off",
     log: Callable[[str], None] | None = None,
     print_freq: int = 100,
-    after_batch: Callable[[], None] | None = None,
+    after_batch: Callable[[Tensor], None] | None = None,
 ) -> Result:
     """Loss and accuracy of a model in evaluation mode, each image counted once; the model's mode is restored.
 
@@ -288,7 +288,7 @@ def evaluate(
         model: the network itself, without ``DistributedDataParallel``: processes may see different numbers of batches.
         amp: ``off``, ``bf16`` or ``fp16``.
         log: takes the published line every ``print_freq`` batches.
-        after_batch: called after each; what it raises ends the pass.
+        after_batch: called with the images of each; what it raises ends the pass.
     """
     was_training = model.training
     model.eval()
@@ -302,7 +302,7 @@ def evaluate(
         if log and index % print_freq == 0:
             log(meter.line(f"Test: [{index}/{batches.num_batches}]", with_data=False))
         if after_batch is not None:
-            after_batch()
+            after_batch(x)
     model.train(was_training)
     return meter.result()
 

@@ -36,6 +36,7 @@ from apot_fat.data import (
     load_dataset,
 )
 from apot_fat.models import create_model
+from apot_fat.quant.diagnosis import odd_layers
 from apot_fat.quant.layers import clipping_table, keep_thresholds_positive, quant_layers
 from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig
@@ -50,6 +51,7 @@ from apot_fat.training.distributed import (
     wait_for_all,
     wrap,
 )
+from apot_fat.training.environment import environment
 from apot_fat.training.interruption import InterruptedRunError, SignalWatch
 from apot_fat.training.loop import Meter, Position, Result, evaluate, train_epoch
 from apot_fat.training.optim import make_optimizer, make_schedule
@@ -151,6 +153,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
             log.info("%d processes, %d images a step", processes.world, config.batch_size)
         trained_model = wrap(network, processes, device)
         say = log.info if processes.is_first else None
+        warned: set[str] = set()
         for epoch in range(len(history), config.epochs):
             train_batches.set_epoch(epoch)
             saver = _StepSaver(records, trackers, history, watch, config.checkpoint_every, device)
@@ -170,12 +173,16 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
                 after_step=saver.after_step,
             )
             position = None
-            if raised := keep_thresholds_positive(model):
-                log.warning("epoch %d: %d clipping thresholds reached zero and were set to their floor", epoch, raised)
+            keep_thresholds_positive(model)
             options: dict[str, Any] = {"amp": config.amp, "after_batch": saver.after_test_batch}
             tested = evaluate(network, test_batches, log=say, print_freq=config.print_freq, **options)
             held_out = None if val_batches is None else evaluate(network, val_batches, **options)
             log.info(" * Prec %.3f%%", tested.top1)
+            if saver.test_batch is not None:
+                news = [sentence for sentence in odd_layers(model, saver.test_batch) if sentence not in warned]
+                warned.update(news)
+                for sentence in news:
+                    log.warning("epoch %d: %s", epoch, sentence)
             history.append(_metrics(epoch, optimizer, model, trained, tested, held_out))
             records.save(trackers, history)
             saver.stop_if_asked(saved=True)
@@ -279,6 +286,7 @@ class _StepSaver:
         self.device = device
         self.steps = 0
         self.reached: tuple[int, Meter] | None = None
+        self.test_batch: torch.Tensor | None = None
 
     def after_step(self, batches: int, meter: Meter) -> None:
         self.steps += 1
@@ -288,7 +296,8 @@ class _StepSaver:
             self._save()
         self.stop_if_asked(saved=due)
 
-    def after_test_batch(self) -> None:
+    def after_test_batch(self, x: torch.Tensor) -> None:
+        self.test_batch = x
         # processes see different numbers of batches and cannot agree here: several go on to the epoch's end
         if not self.records.processes.is_distributed:
             self.stop_if_asked(saved=False)
@@ -422,6 +431,10 @@ def _restore(
     state: dict[str, Any], trackers: dict[str, Any], processes: Processes
 ) -> tuple[list[dict[str, Any]], Position | None]:
     load_weights(trackers["model"], state)
+    now = environment(next(trackers["model"].parameters()).device)
+    before = state.get("environment", {})
+    if changed := [f"{name} {old} (now {now.get(name)})" for name, old in before.items() if now.get(name) != old]:
+        log.warning("the run so far was computed with %s: its last bits may come out otherwise", ", ".join(changed))
     for name in ("optimizer", "schedule", "scaler"):
         trackers[name].load_state_dict(state[name])
     rng = state["rng"][processes.rank] if processes.rank < len(state["rng"]) else None
@@ -457,6 +470,7 @@ def _checkpoint(
         "state_dict": trackers["model"].state_dict(),
         **{name: trackers[name].state_dict() for name in ("optimizer", "schedule", "scaler")},
         "rng": rng,
+        "environment": environment(next(trackers["model"].parameters()).device),
         "config": config.to_dict(),
         "history": history,
     }

@@ -53,6 +53,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     for name in (LAST, BEST):
         contents = [read_checkpoint(folder / name) for folder in (one, other)]
         for content in contents:
+            assert content.pop("environment")["torch"] == torch.__version__
             for key in ("epochs", "checkpoint_every", "print_freq"):
                 content["config"].pop(key)
         assert same(*contents), name

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from apot_fat.checkpoint import read_checkpoint, write_checkpoint
+from apot_fat.models import create_model
 from apot_fat.training import TrainConfig, read_recipe, summarize, train, train_chain
 from apot_fat.training.device import choose_device
 from apot_fat.training.run import BEST, CONFIG, LAST, METRICS
@@ -45,6 +47,33 @@ def test_a_run_folder_holds_what_is_promised(tiny_npz: tuple[Path, Path], tmp_pa
 def test_training_learns(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
     summary = train(tiny(tiny_npz, tmp_path, bit=32, epochs=6, schedule="onecycle", lr=0.1))
     assert summary.best == 100
+
+
+def test_a_checkpoint_says_what_it_was_computed_with(
+    tiny_npz: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny(tiny_npz, tmp_path, epochs=2)
+    train(replace(config, epochs=1))
+    last = tmp_path / config.run_name / LAST
+    content = read_checkpoint(last)
+    assert content["environment"]["torch"] == torch.__version__
+    assert {"commit", "python", "apot-fat", "device"} <= content["environment"].keys()
+    content["environment"]["torch"] = "1.0"
+    write_checkpoint(content, last)
+    train(config, resume="auto")
+    assert f"was computed with torch 1.0 (now {torch.__version__})" in caplog.text
+
+
+def test_an_odd_layer_is_warned_about_once(
+    tiny_npz: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = {"state_dict": create_model("resnet20", bits=4, num_classes=3).state_dict()}
+    content["state_dict"]["layer1.0.conv1.weight_alpha"].fill_(-1.0)
+    start = tmp_path / "negative.pth"
+    write_checkpoint(content, start)
+    summary = train(tiny(tiny_npz, tmp_path, epochs=2, lr=1e-9, weight_alpha_lr=1e-9, init=str(start)))
+    assert caplog.text.count("layer1.0.conv1: its weight threshold is at its floor") == 1
+    assert min(summary.thresholds) > 0
 
 
 def test_nothing_is_overwritten_or_mixed(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
