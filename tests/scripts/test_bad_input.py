@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from apot_fat import save_packed
 from apot_fat.checkpoint import write_checkpoint
@@ -88,7 +89,28 @@ def bad_files(folder: Path) -> dict[str, Path]:
     loop = folder / "loop.pth"
     loop.symlink_to(loop)
     paths["a link to itself"] = loop
+    os.mkfifo(folder / "pipe.pth")
+    paths["a pipe"] = folder / "pipe.pth"
+    paths["an endless device"] = Path("/dev/zero")
+    paths["unreadable even to root"] = Path("/proc/self/mem")
     return paths
+
+
+def bad_folders(folder: Path) -> Iterator[Path]:
+    """Folders of images, each with one that is wrong."""
+    for kind in ("link", "bomb", "text", "cut", "no classes"):
+        for part in ("train", "test"):
+            (folder / kind / part).mkdir(parents=True)
+            if kind == "no classes":
+                continue
+            (folder / kind / part / "a").mkdir()
+            Image.effect_noise((64, 64), 50).convert("RGB").save(folder / kind / part / "a/0.png")
+        yield folder / kind
+    wrong = [folder / kind / "train/a/1.png" for kind in ("link", "bomb", "text", "cut")]
+    wrong[0].symlink_to("/etc/hostname")
+    Image.new("1", (20_000, 20_000)).save(wrong[1])
+    wrong[2].write_text("no image\n")
+    wrong[3].write_bytes(wrong[3].with_name("0.png").read_bytes()[:500])
 
 
 def test_bad_input_is_one_line_with_its_exit_code(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +140,35 @@ def test_bad_input_is_one_line_with_its_exit_code(run: Run, tmp_path: Path, monk
     bad += [("--gpu", "x"), ("--data", "absent"), ("--data", tmp_path / "images.txt")]
     bad += [("--test-data", "absent"), ("--no-such", 1)]
     cases.extend(("train.py", argv, 2) for argv in bad)
+    cases.extend(("train.py", ("--data", path, "--arch", "res20"), 2) for path in bad_folders(tmp_path))
+    cases.extend(("train.py", ("--data", path), 2) for path in ("/dev/zero", "/proc/self/mem"))
+    cases.extend(("train.py", ("--config", path), 2) for path in (tmp_path, "/dev/zero", "/proc/self/mem"))
+    good = tmp_path / "good.pth"
+    to = ("--output", "out")
+    cases.extend(
+        ("export.py", (good, *argv), 2)
+        for argv in (
+            ("--to", "int3", *to),
+            ("--to", "onnx", "--mode", "int3", *to),
+            ("--to", "packed", *to),
+            ("--arch", "res20", "--bit", 3, "--to", "onnx", "--mode", "int8", "--data", "absent", *to),
+        )
+    )
+    cases.extend(
+        ("progressive.py", argv, 2)
+        for argv in (
+            ("--bits", "4,x"),
+            ("--bits", ""),
+            ("--bits", "1"),
+            ("--config", "absent"),
+            ("--resume", "absent"),
+        )
+    )
+    cases.extend(
+        ("benchmark.py", argv, 2) for argv in (("nothing",), ("step", "--rounds", "x"), ("step", "--compile", "x"))
+    )
+    cases.extend(("show_params.py", argv, 2) for argv in ((), (good, "--bit", 9)))
+    cases.extend(("evaluate.py", argv, 2) for argv in ((), ("--released", "absent"), ("--init", good, "--bit", 9)))
     taken = tmp_path / "taken"
     taken.write_text("a file\n")
     cases.append(("train.py", ("--output", taken, *digits), 4))
