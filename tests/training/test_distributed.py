@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from torch import nn
 from apot_fat.checkpoint import read_checkpoint
 from apot_fat.data import ImageBatches, ImageSet, Sharding
 from apot_fat.training import train_epoch
+from apot_fat.training.distributed import Processes, process_group
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -48,6 +50,21 @@ def test_two_and_four_processes_equal_one(tmp_path: Path, preset: str) -> None:
         # a sum in another order can move a value across a threshold, and a quantizer turns that into a jump
         assert other == pytest.approx(losses, rel=1e-4)
         assert (other_correct, other_total) == (correct, 37)
+
+
+def test_a_taken_port_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        with (
+            pytest.raises(OSError, match=rf"0 of 2 cannot join the others at 127\.0\.0\.1:{port} .*free --master-port"),
+            process_group(Processes(0, 0, 2), torch.device("cpu"), 5.0),
+        ):
+            pass
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
