@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -118,6 +119,9 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
     except InterruptedRunError as error:
         log.info("%s", error)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader of our output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_ENVIRONMENT)

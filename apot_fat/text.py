@@ -23,3 +23,13 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[s
 def one_line(error: BaseException) -> str:
     """An error's message on one line."""
     return " ".join(str(error).split())
+
+
+def bar(value: float, largest: float, width: int = 12) -> str:
+    """A horizontal bar of block characters, ``width`` of them for the largest value, in eighths of one.
+
+    >>> bar(3, 4, 4), bar(0.5, 4, 4)
+    ('███', '▌')
+    """
+    eighths = round(8 * width * max(value, 0) / largest) if largest > 0 else 0
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

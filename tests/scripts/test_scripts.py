@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from apot_fat import clipping_table, save_packed
 from apot_fat.checkpoint import write_checkpoint
 from apot_fat.models import create_model
+from apot_fat.quant.layers import quant_layers
+
+ROOT = Path(__file__).resolve().parents[2]
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -38,6 +44,30 @@ def test_published_chain_of_commands(run: Run, data: tuple[object, ...], tmp_pat
     assert out.index("* Prec") < out.index("clipping threshold")
     shown = run("show_params.py", "result/res20_4bit/model_best.pth.tar")[1]
     assert shown in out
+
+
+def test_thresholds_as_table_csv_and_json(run: Run, tmp_path: Path) -> None:
+    model = create_model("resnet20", bits=3)
+    with torch.no_grad():
+        for i, (_, layer) in enumerate(quant_layers(model)):
+            assert layer.act_alpha is not None
+            layer.act_alpha.fill_(1.0 + i)
+    write_checkpoint({"state_dict": model.state_dict()}, tmp_path / "net.pth")
+    save_packed(model, tmp_path / "net.safetensors")
+    rows = [(layer.name, layer.weight_alpha, layer.act_alpha) for layer in clipping_table(model)]
+    for path in (tmp_path / "net.pth", tmp_path / "net.safetensors"):
+        found = json.loads(run("show_params.py", path, "--json")[1])
+        assert [tuple(row.values()) for row in found] == rows
+        lines = run("show_params.py", path, "--csv")[1].splitlines()
+        assert lines[0] == "layer,weight_alpha,act_alpha"
+        assert lines[1:] == [",".join(map(str, row)) for row in rows]
+        table = run("show_params.py", path, "--table")[1].splitlines()
+        assert len(table) == 2 + len(rows)
+        assert table[-1].split() == ["layer3.2.conv2", "3.000", "█" * 12, "20.000", "█" * 12]
+        assert table[2].endswith("1.000  ▋")
+    piped = f"{sys.executable} {ROOT}/scripts/show_params.py {tmp_path}/net.pth | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_published_fat_commands(run: Run, data: tuple[object, ...]) -> None:
