@@ -1,6 +1,6 @@
 """Quantization: levels → fake quantization → frequency transform → layers. Needs torch alone."""
 
-from apot_fat.quant.convert import Conversion, ConvertedLayer, dequantize, fit_threshold, quantize
+from apot_fat.quant.convert import Conversion, ConvertedLayer, dequantize, quantize
 from apot_fat.quant.fake_quant import ALPHA_FLOOR, eight_bit_weight, project, quantize_activation, quantize_weight
 from apot_fat.quant.frequency import frequency_transform, weight_deactivate_freq
 from apot_fat.quant.kernels import get_kernels, set_kernels
@@ -26,6 +26,7 @@ from apot_fat.quant.levels import (
     uniform_levels,
 )
 from apot_fat.quant.spec import FLOAT_BITS, PRESETS, QuantSpec, preset
+from apot_fat.quant.thresholds import fit_threshold, initialize_thresholds
 
 __all__ = [
     "ALPHA_FLOOR",
@@ -48,6 +49,7 @@ __all__ = [
     "fit_threshold",
     "frequency_transform",
     "get_kernels",
+    "initialize_thresholds",
     "keep_thresholds_positive",
     "level_set",
     "normalize_weight",

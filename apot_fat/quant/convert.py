@@ -22,10 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apot_fat.quant.fake_quant import quantize_weight
 from apot_fat.quant.layers import AnyQuantized, EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
-from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.spec import FLOAT_BITS, PRESETS, QuantSpec, check_bits, nearest, preset
+from apot_fat.quant.thresholds import FIT_SAMPLES, fit_threshold
 from apot_fat.text import aligned, one_line
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -39,8 +38,6 @@ METHODS: dict[str, dict[str, Any]] = {
 
 EDGE_BITS = (8, FLOAT_BITS)
 _READ_WEIGHTS_THEMSELVES = ("MultiheadAttention", "ShiftedWindowAttention", "ShiftedWindowAttentionV2")
-_FIT_SAMPLES = 1 << 16  # values that a threshold is fitted to
-_FIT_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -222,32 +219,6 @@ def fold_weight(module: nn.Module, plain: type[nn.Module]) -> None:
     module.__class__ = plain  # type: ignore[assignment]
 
 
-def fit_threshold(values: Tensor, levels: LevelSet, *, signed: bool) -> float:
-    """The clipping threshold of least squared error.
-
-    Equation: argmin over α of Σ (v − v_q(α))², α on a grid of 100 steps up to max |v|; about 65,000 evenly taken values
-    stand for more.
-
-    Args:
-        values: any shape, not empty.
-        levels: the level set.
-        signed: whether levels stand for magnitudes; otherwise a negative value goes to 0.
-
-    Returns:
-        α, same unit as the values; 1 where no value is positive (or, signed, not zero).
-    """
-    values = values.detach().flatten()
-    values = values[:: max(1, values.numel() // _FIT_SAMPLES)].float()
-    if not signed:
-        values = values.clamp(min=0)
-    largest = values.abs().max()
-    if not largest > 0 or not torch.isfinite(largest):
-        return 1.0
-    candidates = largest * torch.linspace(1 / _FIT_STEPS, 1, _FIT_STEPS, device=values.device)
-    errors = [(quantize_weight(values, a, levels, clip_gradient=True) - values).square().sum() for a in candidates]
-    return candidates[int(torch.stack(errors).argmin())].item()
-
-
 class _ReluConv2d(nn.Conv2d):
     """A convolution of its input's ReLU."""
 
@@ -320,7 +291,7 @@ def _watch(model: nn.Module, layers: Mapping[str, nn.Module], batch: Tensor | No
         if not inputs or not isinstance(inputs[0], Tensor) or not inputs[0].numel():
             return
         x = inputs[0].detach().flatten()
-        values = x[:: max(1, x.numel() // _FIT_SAMPLES)].float()
+        values = x[:: max(1, x.numel() // FIT_SAMPLES)].float()
         name = names[id(module)]
         if name in seen:
             before = seen[name]
