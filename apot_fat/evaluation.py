@@ -10,12 +10,12 @@ import torch
 
 from apot_fat.checkpoint import fetch_released, load_weights, num_outputs, read_checkpoint
 from apot_fat.command_line import Request, log
-from apot_fat.models import create_model, find_architecture
+from apot_fat.models import find_architecture
 from apot_fat.quant.layers import show_params
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device
 from apot_fat.training.loop import Result, evaluate
-from apot_fat.training.run import BEST, load_config_dataset, make_batches
+from apot_fat.training.run import BEST, create_network, load_config_dataset, make_batches
 
 PUBLISHED_ARCH = "res20"  # what the published evaluation line leaves out
 
@@ -68,7 +68,7 @@ def evaluate_request(request: Request) -> Result:
     classes = num_outputs(content, f"checkpoint {path}")
     if int(dataset.test.labels_N.max()) >= classes:
         raise ValueError(f"checkpoint {path}: has {classes} outputs, {dataset.name} has {len(dataset.classes)} classes")
-    model = load_weights(create_model(config.arch, config.preset, config.bit, classes), path).to(device)
+    model = load_weights(create_network(config, classes), path).to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     result = evaluate(

@@ -68,7 +68,7 @@ class LayerMaker:
         """The same, but where FAT's published networks leave a layer untransformed: ``uniform-mobilenet``."""
         if not self.spec.transform:
             return self
-        kept = ("weight_bits", "act_bits", "weight_levels", "act_levels")
+        kept = ("weight_bits", "act_bits", "weight_levels", "act_levels", "weight_per_channel")
         return LayerMaker(quant_preset("uniform-mobilenet", **{name: getattr(self.spec, name) for name in kept}))
 
 

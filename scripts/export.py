@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from apot_fat.checkpoint import load_weights, num_outputs, read_checkpoint, save_packed
 from apot_fat.command_line import OneLineParser, log, run_main
 from apot_fat.export import export_onnx
-from apot_fat.models import create_model, find_architecture
+from apot_fat.models import find_architecture
 from apot_fat.training.config import TrainConfig
-from apot_fat.training.run import load_config_dataset, make_batches
+from apot_fat.training.run import create_network, load_config_dataset, make_batches
 
 IMAGE_SIZES = {"cifar10": 32, "imagenet": 224}  # pixels, of the data sets of the papers
 DIGITS_SIZE = 8
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         given["test_data"] = None  # the recorded one belongs to other data
     config = TrainConfig.from_dict({**recorded, **given}, f"checkpoint {options.checkpoint}")
     classes = num_outputs(content, f"checkpoint {options.checkpoint}")
-    model = load_weights(create_model(config.arch, config.preset, config.bit, classes), content).eval()
+    model = load_weights(create_network(config, classes), content).eval()
     images = _images(config) if "data" in given else None
     WRITERS[options.to](model, Path(options.output), _input_shape(config, images, bool(recorded)), images, options.mode)
 

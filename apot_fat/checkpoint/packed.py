@@ -3,7 +3,8 @@
 A file holds, for every quantized layer, the codes of its weight packed to the bit (``<layer>.weight``, uint8); all
 float32 leftovers (thresholds, biases, norms) one after the other (``float32``); anything else under its own name. Its
 metadata say which layer is quantized how, where each leftover lies, and how to build the network if it is one of
-``list_models()``. A code is the index of a level among the signed ones, from the most negative up.
+``list_models()``. A code is the index of a level among the signed ones, from the most negative up; a threshold, of the
+layer or of each channel, is what it counts in.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from apot_fat.models import create_model
 from apot_fat.quant.convert import convert_layer
 from apot_fat.quant.fake_quant import positive
 from apot_fat.quant.integers import EIGHT_BIT_DENOMINATOR, integer_weight
+from apot_fat.quant.kernels import along_rows
 from apot_fat.quant.layers import AnyQuantized, EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
 from apot_fat.quant.spec import FLOAT_BITS, QuantSpec
 
@@ -158,9 +160,8 @@ def _pack_layer(module: nn.Module) -> tuple[Tensor | None, dict[str, Any]]:
     entry |= {"spec": asdict(spec), "relu": module.relu, "fixed_bits": module.fixed_bits}
     if integers is None:
         return None, entry
-    magnitudes = torch.tensor(spec.weight_set.numerators, device=integers.numerators.device)
-    codes = torch.bucketize(integers.numerators.abs(), magnitudes) * integers.numerators.sign() + len(magnitudes) - 1
-    return pack_bits(codes, spec.weight_bits), entry
+    signed = torch.tensor(spec.weight_set.signed_numerators, device=integers.numerators.device)
+    return pack_bits(torch.bucketize(integers.numerators, signed), spec.weight_bits), entry
 
 
 def _unpack_layer(entry: dict[str, Any], codes: Tensor | None, alpha: Tensor | None) -> _Plan:
@@ -182,13 +183,13 @@ def _unpack_layer(entry: dict[str, Any], codes: Tensor | None, alpha: Tensor | N
     if spec is None:
         weight = (values + int(entry["offset"])).to(dtype) / EIGHT_BIT_DENOMINATOR * float(entry["scale"])
         return plan._replace(weight=weight.view(shape))
-    if alpha is None or alpha.dim():
+    if alpha is None or tuple(alpha.shape) != (shape[:1] if spec.weight_per_channel else ()):
         raise ValueError("a layer has no threshold")
-    levels = spec.weight_set.tensor(torch.promote_types(dtype, torch.float32))
-    signed = torch.cat([-levels.flip(0)[:-1], levels])
+    signed = spec.weight_set.signed_tensor(torch.promote_types(dtype, torch.float32))
     if count and int(values.max()) >= len(signed):
         raise ValueError(f"code {int(values.max())} of {len(signed)} levels")
-    return plan._replace(weight=(signed[values] * alpha.to(signed.dtype)).to(dtype).view(shape))
+    levels = signed[values].view(shape)
+    return plan._replace(weight=(levels * along_rows(alpha.to(signed.dtype), len(shape))).to(dtype))
 
 
 def _check_fit(path: Path, model: nn.Module, plans: Mapping[str, _Plan], state: Mapping[str, Tensor]) -> None:

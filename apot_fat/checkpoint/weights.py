@@ -34,7 +34,8 @@ def load_weights(
 
     Accepted: a path, a checkpoint dict (``state_dict`` or ``model``), or a state dict; names with or without
     ``module.``; thresholds as ``weight_quant.wgt_alpha`` or ``weight_alpha``; FAT's ``weight_quant.transform.weight``,
-    its last layer named ``linear``, and the unused ``transform.weight`` of its first and last layers.
+    its last layer named ``linear``, and the unused ``transform.weight`` of its first and last layers. A layer's weight
+    threshold becomes that of each channel where the network has one a channel; not the other way round.
 
     Args:
         model: the network to fill in place.
@@ -53,6 +54,9 @@ def load_weights(
     content = source if isinstance(source, Mapping) else read_checkpoint(source)
     state = _rename(state_dict_of(content, label), model)
     own = model.state_dict()
+    for name, tensor in own.items():
+        if name.endswith("weight_alpha") and tensor.dim() and name in state and not state[name].dim():
+            state[name] = state[name].expand(tensor.shape)
     missing = [name for name in own if name not in state]
     left_over = [name for name in state if name not in own]
     if other_bits:
@@ -76,6 +80,13 @@ def load_weights(
         for name, tensor in own.items():
             if name in state:
                 tensor.copy_(state[name])
+        for name, layer in quant_layers(model):
+            if (
+                layer.weight_alpha is not None
+                and f"{name}.weight_alpha" not in state
+                and layer.spec.weight_alpha is None
+            ):
+                layer.set_weight_alpha_from_step()  # its initial value is that of the weight
     return model
 
 
@@ -100,7 +111,8 @@ def checkpoint_thresholds(
     """The clipping thresholds in a checkpoint's content, published or ours, without building its network.
 
     Returns:
-        (weight's, activation's) by layer name, in the order of definition; None where a side is float.
+        (weight's, activation's) by layer name, in the order of definition; None where a side is float, the mean where
+        the weight has one a channel.
 
     Raises:
         ValueError: it holds no state dict.
@@ -110,7 +122,7 @@ def checkpoint_thresholds(
         name = _our_name(published)
         for suffix in ("weight_alpha", "act_alpha"):
             if name.endswith(f".{suffix}"):
-                found.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = positive(tensor).item()
+                found.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = positive(tensor).mean().item()
     return {layer: (alphas.get("weight_alpha"), alphas.get("act_alpha")) for layer, alphas in found.items()}
 
 
@@ -165,6 +177,9 @@ def _some(names: list[str], most: int = 3) -> str:
 def _hint(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     quantized_state = any(_QUANTIZER.search(name) for name in state)
     quantized_model = any(True for _ in quant_layers(model))
+    own_dims = {name: t.dim() for name, t in model.state_dict().items() if name.endswith("weight_alpha")}
+    if any(name in state and state[name].dim() > dim for name, dim in own_dims.items()):
+        return " (its weight thresholds are one a channel: build the network with weight_per_channel)"
     if quantized_state != quantized_model:
         kinds = ("quantized", "full-precision")
         return (

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from apot_fat.quant.fake_quant import positive
 from apot_fat.quant.integers import Integers, integer_input, integer_weight, shift_terms
+from apot_fat.quant.kernels import along_rows
 from apot_fat.quant.layers import QuantConv2d, QuantLinear, quant_layers
 
 Arithmetic = Literal["multiply", "shift"]
@@ -60,7 +61,7 @@ class IntegerLayer(nn.Module):
                 f"{spec.weight_bits}-bit weight and {spec.act_bits}-bit input: integer arithmetic needs both quantized"
             )
         self.layer, self.arithmetic = layer, arithmetic
-        self.weight_unit = weight.scale.double().item() / weight.denominator
+        self.weight_unit = weight.unit(_output_dims(layer))
         groups = layer.groups if isinstance(layer, QuantConv2d) else 1
         numerators_GOK = weight.numerators.reshape(groups, weight.numerators.shape[0] // groups, -1)
         terms = shift_terms(numerators_GOK)
@@ -79,7 +80,7 @@ class IntegerLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y = A · (α_a α_w / (d_a d_w)) + bias, the product in float64 and rounded once to the type of x."""
         codes = self._codes(x)
-        unit = codes.scale.double().item() / codes.denominator * self.weight_unit
+        unit = codes.unit(0) * self.weight_unit
         y = (self._accumulate(codes).double() * unit).to(x.dtype)
         bias = self.layer.bias
         if bias is None:
@@ -181,8 +182,14 @@ def simulated_accumulator(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor
     x_q, w_q = layer.quantized_input(x).double(), layer.quantized_weight().double()
     product = layer._conv_forward(x_q, w_q, None) if isinstance(layer, QuantConv2d) else F.linear(x_q, w_q)
     weight_unit = positive(layer.weight_alpha).double() / layer.spec.weight_set.denominator
+    weight_unit = along_rows(weight_unit, _output_dims(layer))
     input_unit = positive(layer.act_alpha).double() / layer.spec.act_set.denominator
     return (product / (weight_unit * input_unit)).round().to(torch.int64)
+
+
+def _output_dims(layer: QuantConv2d | QuantLinear) -> int:
+    # from the channels of an output on
+    return 3 if isinstance(layer, QuantConv2d) else 1
 
 
 @dataclass(frozen=True)

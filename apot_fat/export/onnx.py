@@ -153,7 +153,7 @@ class _PlainConv2d(nn.Conv2d):
 
     projection_index: int | None
     relu: bool
-    unit: float | None
+    unit: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """y = conv(x_q, w_q) + bias."""
@@ -169,7 +169,7 @@ class _PlainLinear(nn.Linear):
 
     projection_index: int | None
     relu: bool
-    unit: float | None
+    unit: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x_q w_qᵀ + bias."""
@@ -239,7 +239,7 @@ def _gist(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _exact_operands(layer: _Quantized, projection: Projection) -> tuple[Tensor | None, float | None]:
+def _exact_operands(layer: _Quantized, projection: Projection) -> tuple[Tensor | None, Tensor | None]:
     # the weight's numerators and the sums' unit d_a d_w / (α_a α_w), where float32 holds every sum of products exactly
     try:
         integers = integer_weight(layer)
@@ -250,8 +250,8 @@ def _exact_operands(layer: _Quantized, projection: Projection) -> tuple[Tensor |
     largest = int(integers.numerators.abs().flatten(1).sum(1).max()) * projection.levels.denominator
     if largest > _EXACT_FLOAT:
         return None, None
-    step = projection.alpha / projection.levels.denominator * integers.scale.double().item() / integers.denominator
-    return integers.numerators.float(), 1 / step
+    step = projection.alpha / projection.levels.denominator * integers.unit(integers.numerators.dim() - 1)
+    return integers.numerators.float(), (1 / step).float()
 
 
 def _numerators(layer: _Quantized) -> np.ndarray | None:

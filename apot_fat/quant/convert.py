@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from apot_fat.quant.layers import AnyQuantized, EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
 from apot_fat.quant.spec import FLOAT_BITS, PRESETS, QuantSpec, check_bits, nearest, preset
-from apot_fat.quant.thresholds import FIT_SAMPLES, fit_threshold
+from apot_fat.quant.thresholds import FIT_SAMPLES, fit_threshold, fit_weight_threshold
 from apot_fat.text import aligned, one_line
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -105,7 +105,7 @@ def quantize(
     Args:
         model: the network; it keeps every parameter it has.
         bits: 2 to 8, for weights and inputs.
-        method: ``apot``, ``pot``, ``uniform``, ``fat``, ``fat-log``, or a preset's name.
+        method: ``apot``, ``pot``, ``uniform``, ``fat``, ``fat-log``, or a preset's name (``lsq``, ``pact``, …).
         weight_bits, act_bits: in place of ``bits`` for one of the two; 32 is float.
         edge_bits: 8, or 32 to leave first and last layer float.
         exclude: patterns of layer names (``fnmatch``: ``*.downsample.*``) that stay float.
@@ -362,8 +362,7 @@ def _fit(module: nn.Module, spec: QuantSpec, values: Tensor) -> None:
     assert isinstance(module, QuantConv2d | QuantLinear)
     if module.act_alpha is not None:
         module.act_alpha.fill_(fit_threshold(values, spec.act_set, signed=spec.act_signed))
-    if module.weight_alpha is not None:
-        module.weight_alpha.fill_(fit_threshold(module.transformed_weight(), spec.weight_set, signed=True))
+    fit_weight_threshold(module)
 
 
 def _other_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[ConvertedLayer]:

@@ -48,7 +48,7 @@ def _reasons(layer: QuantConv2d | QuantLinear, x: Tensor) -> list[str]:
     spec, reasons = layer.spec, []
     if layer.weight_alpha is not None:
         w = layer.weight
-        if spec.weight_norm != "none" and w.numel() > 1 and w.std() <= CONSTANT * w.mean().abs():
+        if spec.weight_norm in ("standardize", "center") and w.numel() > 1 and w.std() <= CONSTANT * w.mean().abs():
             reasons.append("its weight is constant and quantized to 0")
         if (layer.weight_alpha <= ALPHA_FLOOR).any():
             reasons.append("its weight threshold is at its floor: lower weight_alpha_lr")

@@ -36,7 +36,8 @@ def project(u: Tensor, levels: LevelSet) -> Tensor:
 
     Args:
         u: any shape, float32 or float64, range [0, 1]; uniform levels take any real number (rounded to the nearest
-            multiple of 1 / d, which the published FAT and MobileNetV2 networks rely on below 0).
+            multiple of 1 / d, which the published FAT and MobileNetV2 networks rely on below 0), and so do signed sets
+            (what lies outside goes to the outermost level).
         levels: the level set.
 
     Returns:
@@ -47,6 +48,11 @@ def project(u: Tensor, levels: LevelSet) -> Tensor:
 
 def _project_own(u: Tensor, levels: LevelSet) -> Tensor:
     # u may be overwritten: fresh memory costs more than the arithmetic
+    if levels.is_signed:
+        steps, lowest, one = (_literal(value, u) for value in (levels.steps, levels.levels[0], 1.0))
+        n = u.clamp_(lowest, one).mul_(steps)
+        n = n.sub_(1).div_(2).round_().mul_(2).add_(1) if levels.spacing == 2 else n.round_()
+        return n.div_(steps)
     if levels.is_uniform:
         steps = _literal(levels.steps, u)
         return u.mul_(steps).round_().div_(steps)
@@ -100,22 +106,24 @@ def quantize_weight(
 ) -> Tensor:
     """Fake-quantize a (normalised) weight.
 
-    Equation: u = w / α;  w_q = α · sign(u) · Π_L(min(|u|, 1)).
+    Equation: u = w / α;  w_q = α · sign(u) · Π_L(min(|u|, 1)), of a signed set α · Π_L(clip(u, l, 1)); l is the lowest
+    level: −1 for magnitudes.
 
     Args:
-        w: weight, any shape.
-        alpha: clipping threshold, 0-d, same unit as w; read as ``ALPHA_FLOOR`` where it is not positive.
-        levels: magnitude levels.
-        clip_gradient: False passes the gradient whole ("calibrated"), True only where |u| ≤ 1.
+        w: weight, any shape (C, …) with one threshold a channel.
+        alpha: clipping threshold, 0-d or (C,), same unit as w; read as ``ALPHA_FLOOR`` where it is not positive.
+        levels: magnitude levels, or signed ones.
+        clip_gradient: False passes the gradient whole ("calibrated"), True only where l ≤ u ≤ 1.
         grad_scale: factor on the threshold's gradient.
 
     Returns:
         w_q, shape and type of w.
 
-    Gradient: ∂L/∂w = g, or g · 1[|u| ≤ 1];  ∂L/∂α = grad_scale · Σ g · (sign(u) 1[|u| > 1] + (q − u) 1[|u| ≤ 1]).
+    Gradient: ∂L/∂w = g, or g · 1[l ≤ u ≤ 1];  ∂L/∂α = grad_scale · Σ g · (1[u > 1] + l 1[u < l] + (q − u) 1[l ≤ u ≤ 1])
+    over the weights of the threshold.
 
     Paper: APoT, "Reparameterized Clipping Function"; the calibrated gradient is the published code's. A non-positive
-    α gives zeros or NaN there, here a network that can recover.
+    α gives zeros or NaN there, here a network that can recover. LSQ, equations 1 to 5, for signed sets.
     """
     return _QuantizeWeight.apply(w, alpha, levels, clip_gradient, grad_scale)
 
@@ -173,6 +181,11 @@ def eight_bit_weight(w: Tensor) -> Tensor:
     return w + (rounded - w).detach()
 
 
+def scaled(grad_alpha: Tensor, grad_scale: float) -> Tensor:
+    """A threshold's gradient times ``grad_scale``: outside of the kernels, which layers of any scale thus share."""
+    return grad_alpha if grad_scale == 1 else grad_alpha * grad_scale
+
+
 def positive(alpha: Tensor) -> Tensor:
     """The threshold as used: α where it is positive (or NaN), ``ALPHA_FLOOR`` where it is not."""
     return torch.where(alpha <= 0, ALPHA_FLOOR, alpha)
@@ -181,18 +194,21 @@ def positive(alpha: Tensor) -> Tensor:
 def weight_forward(w: Tensor, alpha: Tensor, levels: LevelSet) -> Tensor:
     """w_q of ``quantize_weight``."""
     alpha_used, u = _in_units(w, alpha)
+    if levels.is_signed:
+        return (_project_own(u, levels) * alpha_used).to(w.dtype)
     return (u.sign() * _project_clipped(u.abs(), levels, "above") * alpha_used).to(w.dtype)
 
 
 def weight_backward(
-    grad: Tensor, w_q: Tensor, w: Tensor, alpha: Tensor, clip_gradient: bool, grad_scale: float
+    grad: Tensor, w_q: Tensor, w: Tensor, alpha: Tensor, clip_gradient: bool, lowest: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``quantize_weight``: of w, and of α."""
+    """Gradients of ``quantize_weight``: of w, and of α before ``grad_scale``."""
     alpha_used, u = _in_units(w, alpha)
-    outside = u.abs() > 1
-    slope = torch.where(outside, u.sign(), w_q / alpha_used - u)
-    grad_w = torch.where(outside, 0, grad) if clip_gradient else grad
-    return grad_w, _alpha_gradient(grad, slope, alpha, grad_scale)
+    low = _literal(lowest, u)
+    above, below = u > 1, u < low
+    slope = torch.where(above, 1, torch.where(below, low, w_q / alpha_used - u))
+    grad_w = torch.where(above | below, 0, grad) if clip_gradient else grad
+    return grad_w, _alpha_gradient(grad, slope, alpha)
 
 
 def activation_forward(x: Tensor, alpha: Tensor, levels: LevelSet, clip: InputClip) -> Tensor:
@@ -226,11 +242,10 @@ def activation_backward(
     alpha: Tensor,
     clip: InputClip,
     alpha_gradient: ActAlphaGradient,
-    grad_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``quantize_activation``: of x, and of α."""
+    """Gradients of ``quantize_activation``: of x, and of α before ``grad_scale``."""
     alpha_used, u = _in_units(x, alpha)
-    return _activation_gradients(grad, x_q / alpha_used, u, alpha, clip, alpha_gradient, grad_scale)
+    return _activation_gradients(grad, x_q / alpha_used, u, alpha, clip, alpha_gradient)
 
 
 def activation_backward_from_codes(
@@ -241,11 +256,10 @@ def activation_backward_from_codes(
     levels: LevelSet,
     clip: InputClip,
     alpha_gradient: ActAlphaGradient,
-    grad_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """``activation_backward`` from the numerators."""
     u = _in_units(x, alpha)[1]
-    return _activation_gradients(grad, _level(codes, levels, u.dtype), u, alpha, clip, alpha_gradient, grad_scale)
+    return _activation_gradients(grad, _level(codes, levels, u.dtype), u, alpha, clip, alpha_gradient)
 
 
 def _level(codes: Tensor, levels: LevelSet, dtype: torch.dtype) -> Tensor:
@@ -267,7 +281,6 @@ def _activation_gradients(
     alpha: Tensor,
     clip: InputClip,
     alpha_gradient: ActAlphaGradient,
-    grad_scale: float,
 ) -> tuple[Tensor, Tensor]:
     above = u > 1
     outside = above
@@ -277,7 +290,7 @@ def _activation_gradients(
         slope = above.to(u.dtype)
     else:
         slope = torch.where(above, 1, q - (u if clip == "above" else u.clamp_(min=0)))
-    return torch.where(outside, 0, grad), _alpha_gradient(grad, slope, alpha, grad_scale)
+    return torch.where(outside, 0, grad), _alpha_gradient(grad, slope, alpha)
 
 
 class _QuantizeWeight(torch.autograd.Function):
@@ -285,14 +298,16 @@ class _QuantizeWeight(torch.autograd.Function):
     def forward(ctx: Any, w: Tensor, alpha: Tensor, levels: LevelSet, clip_gradient: bool, grad_scale: float) -> Tensor:
         (w_q,) = run(weight_forward, (w,), (alpha,), levels)
         ctx.save_for_backward(w, w_q, alpha)
-        ctx.settings = clip_gradient, grad_scale
+        ctx.settings = clip_gradient, levels.levels[0] if levels.is_signed else -1.0
+        ctx.grad_scale = grad_scale
         return w_q
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         w, w_q, alpha = ctx.saved_tensors
-        return *run(weight_backward, (grad, w_q, w), (alpha,), *ctx.settings), None, None, None
+        grad_w, grad_alpha = run(weight_backward, (grad, w_q, w), (alpha,), *ctx.settings)
+        return grad_w, scaled(grad_alpha, ctx.grad_scale), None, None, None
 
 
 class _QuantizeActivation(torch.autograd.Function):
@@ -308,14 +323,16 @@ class _QuantizeActivation(torch.autograd.Function):
     ) -> Tensor:
         (x_q,) = run(activation_forward, (x,), (alpha,), levels, clip)
         ctx.save_for_backward(x, x_q, alpha)
-        ctx.settings = clip, alpha_gradient, grad_scale
+        ctx.settings = clip, alpha_gradient
+        ctx.grad_scale = grad_scale
         return x_q
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, x_q, alpha = ctx.saved_tensors
-        return *run(activation_backward, (grad, x_q, x), (alpha,), *ctx.settings), None, None, None, None
+        grad_x, grad_alpha = run(activation_backward, (grad, x_q, x), (alpha,), *ctx.settings)
+        return grad_x, scaled(grad_alpha, ctx.grad_scale), None, None, None, None
 
 
 def _in_units(x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,8 +341,9 @@ def _in_units(x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     return alpha_used, x.to(alpha_used.dtype) / alpha_used
 
 
-def _alpha_gradient(grad: Tensor, slope: Tensor, alpha: Tensor, grad_scale: float) -> Tensor:
-    return (slope.mul_(grad).sum() * grad_scale).to(alpha.dtype)
+def _alpha_gradient(grad: Tensor, slope: Tensor, alpha: Tensor) -> Tensor:
+    parts = slope.mul_(grad)
+    return (parts.flatten(1).sum(1) if alpha.dim() else parts.sum()).to(alpha.dtype)
 
 
 # Tables are kept for the eager path alone: what a compiler traces must hold no tensor made outside of it.

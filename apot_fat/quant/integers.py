@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from apot_fat.quant.fake_quant import positive
+from apot_fat.quant.kernels import along_rows
 from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
 
 EIGHT_BIT_DENOMINATOR = 127
@@ -22,13 +23,17 @@ class Integers(NamedTuple):
 
     Equation: value = scale · numerators / denominator.
 
-    ``numerators`` int64, the tensor's shape, range [−denominator, denominator] (an 8-bit weight's may lie below);
-    ``scale`` 0-d, the value's unit.
+    ``numerators`` int64, the tensor's shape, range [−denominator, denominator] (weights in two's complement or 8 bits
+    also below it); ``scale`` 0-d, the value's unit, or (C_out,), that of each channel of a weight.
     """
 
     numerators: Tensor
     denominator: int
     scale: Tensor
+
+    def unit(self, dim: int) -> Tensor:
+        """What a numerator of 1 stands for, float64: 0-d, or (C_out, 1, …) for a tensor of ``dim`` dimensions."""
+        return along_rows(self.scale.double() / self.denominator, dim)
 
 
 @torch.no_grad()
@@ -128,5 +133,5 @@ def _bit_length(numbers: Tensor) -> int:
 def _integers(value: Tensor, denominator: int, scale: Tensor) -> Integers:
     if denominator > _MAX_DENOMINATOR:
         raise ValueError(f"levels over {denominator}: integers over at most 2^31 are supported; use fewer bits")
-    numerators = (value.double() / scale.double() * denominator).round().to(torch.int64)
+    numerators = (value.double() / along_rows(scale.double(), value.dim()) * denominator).round().to(torch.int64)
     return Integers(numerators, denominator, scale.detach().clone())

@@ -65,7 +65,7 @@ def run(
     Args:
         function: (tensors, scalars, settings) → tensors of the shape of the tensors, and 0-d ones. No gradient.
         tensors: of one shape; the memory format of the last comes back.
-        scalars: 0-d tensors.
+        scalars: 0-d tensors; or (C,), one value for each row of tensors of shape (C, …).
         settings: hashable constants.
         into: where a compiled kernel may write the first result: ``tensors[0]``; or, given its type, memory of this
             thread that the next such call overwrites. Fresh memory costs more than the pass itself on a CPU.
@@ -73,12 +73,13 @@ def run(
     Returns:
         The results, always as a tuple.
     """
-    if torch.compiler.is_compiling():
-        return _as_tuple(function(*tensors, *scalars, *settings))
     like = tensors[-1]
-    layout = _Layout(like)
+    if torch.compiler.is_compiling():
+        return _as_tuple(function(*tensors, *(along_rows(scalar, like.dim()) for scalar in scalars), *settings))
+    rows = any(scalar.dim() for scalar in scalars)
+    layout = _Layout(like, rows=rows)
     operands = [layout.flatten(tensor) for tensor in tensors]
-    operands += [scalar.data for scalar in scalars]
+    operands += [along_rows(scalar.data, 2) for scalar in scalars]
     if _compiles(like):
         scratch = None
         if isinstance(into, torch.dtype) and like.device.type == "cpu":  # other devices' allocators do as much
@@ -87,36 +88,49 @@ def run(
         overwrites = scratch is not None or isinstance(into, Tensor)
         key = (like.device, like.numel() <= _SERIAL_ELEMENTS, torch.is_inference_mode_enabled())
         types = tuple(tensor.dtype for tensor in operands)
-        kernel = _compiled(function, settings, scratch is not None, overwrites, (*key, types))
+        kernel = _compiled(function, settings, scratch is not None, overwrites, (*key, types, layout.special_sizes))
         results = _as_tuple(kernel(*operands))
         if overwrites:
             results = (operands[0], *results)
     else:
         results = _as_tuple(function(*operands, *settings))
-    shaped = tuple(layout.restore(result) if result.dim() else result for result in results)
+    shaped = tuple(layout.restore(result) if result.dim() == 1 + rows else result for result in results)
     if isinstance(into, Tensor) and into.data_ptr() == shaped[0].data_ptr():
         return into, *shaped[1:]  # not a view of it: autograd adds to a gradient in place that nobody else holds
     return shaped
 
 
-class _Layout:
-    """One dimension in the order of a tensor's storage, and back."""
+def along_rows(values: Tensor, dim: int) -> Tensor:
+    """Values to multiply tensors of ``dim`` dimensions with: 0-d as it is; one a row, (C,), in the shape (C, 1, …)."""
+    return values.view(-1, *[1] * (dim - 1)) if values.dim() else values
 
-    def __init__(self, like: Tensor) -> None:
+
+class _Layout:
+    """One dimension in the order of a tensor's storage, or with ``rows`` two, the first its own; and back."""
+
+    def __init__(self, like: Tensor, *, rows: bool) -> None:
         self.shape, self.strides = like.shape, like.stride()
         self.is_dense = like.is_contiguous() or (
             like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
         )
-        self.order = [] if self.is_dense else sorted(range(like.dim()), key=like.stride, reverse=True)
+        # a dense tensor's rows lie one after the other in either format
+        order = sorted(range(rows, like.dim()), key=like.stride, reverse=True)
+        self.order = [] if self.is_dense else [0, *order] if rows else order
+        self.flat = (len(like), like.numel() // max(len(like), 1)) if rows else (like.numel(),)
+
+    @property
+    def special_sizes(self) -> tuple[bool, ...]:
+        """What a compiler takes for granted about two dimensions: which are 1, and whether they are equal."""
+        return () if len(self.flat) == 1 else (self.flat[0] == 1, self.flat[1] == 1, self.flat[0] == self.flat[1])
 
     def flatten(self, tensor: Tensor) -> Tensor:
         # .data has neither a graph nor, unlike detach(), a base: a graph compiled for a view is guarded by its base
         if not self.is_dense:
-            return tensor.permute(self.order).reshape(-1).data
+            return tensor.permute(self.order).reshape(self.flat).contiguous().data  # a view may have another stride
         if tensor.stride() != self.strides:
             alike = torch.empty_strided(self.shape, self.strides, dtype=tensor.dtype, device=tensor.device)
             tensor = alike.copy_(tensor)
-        return tensor.as_strided((tensor.numel(),), (1,)).data
+        return tensor.as_strided(self.flat, (self.flat[-1], 1)[-len(self.flat) :]).data
 
     def restore(self, flat: Tensor) -> Tensor:
         if self.is_dense:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from apot_fat.quant.fake_quant import ALPHA_FLOOR, eight_bit_weight, positive, quantize_activation, quantize_weight
 from apot_fat.quant.frequency import frequency_transform
+from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.product import REMEMBER_ELEMENTS, ActSettings, ConvSettings, quantized_product
 from apot_fat.quant.spec import FLOAT_BITS, InputClip, QuantSpec, check_bits, preset
 
@@ -30,18 +31,23 @@ def normalize_weight(w: Tensor, spec: QuantSpec) -> Tensor:
     """The weight in the unit its threshold is given in.
 
     Equation: ŵ = (w − mean(w)) / std(w) over the whole tensor, std unbiased (``standardize``); w − mean(w)
-    (``center``); w (``none``). A constant weight has std 0 but for rounding, std ≤ 1e-6 |mean|, and gives ŵ = 0.
+    (``center``); tanh(w) / max |tanh(w)| (``tanh``); w (``none``). A constant weight has std 0 but for rounding,
+    std ≤ 1e-6 |mean|, and gives ŵ = 0; with ``tanh`` a weight of zeros does.
 
     Args:
         w: weight, any shape.
         spec: ``weight_norm`` and ``weight_norm_gradient``.
 
-    Gradient: of the equation, with mean and std as constants unless ``weight_norm_gradient``.
+    Gradient: of the equation, with mean, std and maximum as constants unless ``weight_norm_gradient``.
 
-    Paper: APoT, "Weight Normalization".
+    Paper: APoT, "Weight Normalization"; DoReFa-Net for ``tanh``, before its affine map to [0, 1] and back.
     """
     if spec.weight_norm == "none":
         return w
+    if spec.weight_norm == "tanh":
+        bounded = torch.tanh(w)
+        largest = (bounded if spec.weight_norm_gradient else bounded.detach()).abs().max()
+        return bounded / torch.where(largest == 0, 1, largest)
     source = w if spec.weight_norm_gradient else w.detach()
     mean = source.mean()
     centered = w - mean
@@ -149,21 +155,44 @@ class _QuantLayer(_KeepsWeight):
     def spec(self, spec: QuantSpec) -> None:
         channels = self.weight.shape[0]
         quantizes_weight = spec.weight_bits != FLOAT_BITS
-        self._keep_parameter("weight_alpha", quantizes_weight, (), spec.weight_alpha)
+        per_channel = (channels,) if spec.weight_per_channel else ()
+        made = self._keep_parameter("weight_alpha", quantizes_weight, per_channel, spec.weight_alpha or 1.0)
         self._keep_parameter("act_alpha", spec.act_bits != FLOAT_BITS, (), spec.act_alpha)
         self._keep_parameter("transform", quantizes_weight and spec.transform, (channels, channels), 1 / channels)
+        before = self.__dict__.get("_spec")
         self._spec = spec
         # found here, not in forward: torch.compile traces no cached function
         self._weight_set = spec.weight_set if quantizes_weight else None
         self._act_set = spec.act_set if spec.act_bits != FLOAT_BITS else None
         self._kept = None
+        if self.weight_alpha is not None:
+            if made and spec.weight_alpha is None:
+                self.set_weight_alpha_from_step()
+            if made or before is None or before.weight_alpha_learned != spec.weight_alpha_learned:
+                self.weight_alpha.requires_grad_(spec.weight_alpha_learned)
 
-    def _keep_parameter(self, name: str, wanted: bool, shape: tuple[int, ...], value: float) -> None:
+    def _keep_parameter(self, name: str, wanted: bool, shape: tuple[int, ...], value: float) -> bool:
+        # whether it is a new one
+        before = getattr(self, name)
         if not wanted:
             self.register_parameter(name, None)
-        elif getattr(self, name) is None:
+        elif before is None:
             like = torch.promote_types(self.weight.dtype, torch.float32)
             self.register_parameter(name, nn.Parameter(torch.full(shape, value, dtype=like, device=self.weight.device)))
+            return True
+        elif before.shape != shape:
+            with torch.no_grad():
+                values = before.expand(shape) if shape else before.mean()
+                self.register_parameter(name, nn.Parameter(values.clone(), before.requires_grad))
+        return False
+
+    @torch.no_grad()
+    def set_weight_alpha_from_step(self) -> None:
+        """Set the weight's thresholds to LSQ's initial step times Q_P: 2 mean |ŵ| √Q_P, of the channel or the layer."""
+        assert self.weight_alpha is not None
+        magnitudes = self.transformed_weight().abs()
+        mean = magnitudes.flatten(1).mean(1) if self.weight_alpha.dim() else magnitudes.mean()
+        self.weight_alpha.copy_(initial_step_threshold(mean, self.spec.weight_set))
 
     @property
     def _input_clip(self) -> InputClip:
@@ -192,7 +221,7 @@ class _QuantLayer(_KeepsWeight):
                 alpha,
                 levels,
                 clip_gradient=self.spec.clips_weight_gradient,
-                grad_scale=self.spec.grad_scale or 1.0,
+                grad_scale=self._grad_scale(levels, self.weight.numel() // max(alpha.numel(), 1)),
             ),
         )
 
@@ -206,7 +235,7 @@ class _QuantLayer(_KeepsWeight):
         spec = self.spec
         if spec.act_signed:
             x = F.relu(x) if self.relu else x
-            scale = spec.grad_scale or 1.0
+            scale = self._grad_scale(self._act_set, self._features(x))
             return quantize_weight(x, self.act_alpha, self._act_set, clip_gradient=True, grad_scale=scale)
         return quantize_activation(
             x,
@@ -214,8 +243,19 @@ class _QuantLayer(_KeepsWeight):
             self._act_set,
             clip=self._input_clip,
             alpha_gradient=spec.act_alpha_gradient,
-            grad_scale=spec.grad_scale or 1.0,
+            grad_scale=self._grad_scale(self._act_set, self._features(x)),
         )
+
+    def _features(self, x: Tensor) -> int:
+        # values of one input
+        unbatched = 3 if isinstance(self, nn.Conv2d) else 1
+        return x.numel() if x.dim() <= unbatched else x[:1].numel()
+
+    def _grad_scale(self, levels: LevelSet, values: int) -> float:
+        scale = self.spec.grad_scale
+        if scale == "lsq":
+            return levels.positive_levels**1.5 / max(values, 1) ** 0.5
+        return scale or 1.0
 
     def _quantized_product(self, x: Tensor, bias: Tensor | None, conv: ConvSettings | None) -> Tensor | None:
         # None where the plain composition does as well: a float or signed input, an input so small that keeping its
@@ -225,7 +265,8 @@ class _QuantLayer(_KeepsWeight):
         if torch.is_grad_enabled() and x.numel() < REMEMBER_ELEMENTS:
             return None
         spec = self.spec
-        act = ActSettings(self._act_set, self._input_clip, spec.act_alpha_gradient, spec.grad_scale or 1.0)
+        scale = self._grad_scale(self._act_set, self._features(x))
+        act = ActSettings(self._act_set, self._input_clip, spec.act_alpha_gradient, scale)
         return quantized_product(x, self.act_alpha, self.quantized_weight(), bias, act, conv)
 
     def mask_range(self) -> tuple[float, float] | None:
@@ -266,8 +307,8 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
             ``apot-imagenet-pot`` or ``apot-imagenet-uniform``.
         relu: take the input's ReLU first, in the same pass as the quantizer; at any bits.
 
-    Shapes: x (N, C_in, H, W) → (N, C_out, H', W'); ``weight_alpha``, ``act_alpha`` 0-d; ``transform`` (C_out, C_out)
-    with FAT, else None. At 32 bits the three are None.
+    Shapes: x (N, C_in, H, W) → (N, C_out, H', W'); ``weight_alpha``, ``act_alpha`` 0-d, the first (C_out,) with
+    ``weight_per_channel``; ``transform`` (C_out, C_out) with FAT, else None. At 32 bits the three are None.
 
     Raises:
         ValueError: bits other than 2 to 8 and 32, or a grad_scale that is not positive.
@@ -384,7 +425,10 @@ AnyQuantized = QuantConv2d | QuantLinear | EightBitConv2d | EightBitLinear
 
 @dataclass(frozen=True)
 class LayerClipping:
-    """One row of ``clipping_table``: a layer's thresholds as used, its bits and, with FAT, its mask's range."""
+    """One row of ``clipping_table``: a layer's thresholds as used, its bits and, with FAT, its mask's range.
+
+    Of thresholds of one a channel ``weight_alpha`` is the mean.
+    """
 
     name: str
     weight_bits: int
@@ -427,7 +471,7 @@ def threshold_line(weight_alpha: float | None, act_alpha: float | None) -> str:
 
 
 def show_params(model: nn.Module) -> None:
-    """Print the published threshold line of every quantized layer."""
+    """Print the published threshold line of every quantized layer; of one threshold a channel the mean."""
     for _, layer in quant_layers(model):
         layer.show_params()
 
@@ -469,14 +513,24 @@ def keep_thresholds_positive(model: nn.Module) -> int:
     raised = 0
     for _, layer in quant_layers(model):
         for alpha in (layer.weight_alpha, layer.act_alpha):
-            if alpha is not None and alpha <= 0:
-                alpha.fill_(ALPHA_FLOOR)
-                raised += 1
+            if alpha is not None and (too_low := int((alpha <= 0).sum())):
+                alpha.masked_fill_(alpha <= 0, ALPHA_FLOOR)
+                raised += too_low
     return raised
 
 
 def _threshold(alpha: Tensor | None) -> float | None:
-    return None if alpha is None else positive(alpha.detach()).item()
+    return None if alpha is None else positive(alpha.detach()).mean().item()
+
+
+def initial_step_threshold(mean_magnitude: Tensor, levels: LevelSet) -> Tensor:
+    """LSQ's initial step as a threshold.
+
+    Equation: α = Q_P s, s = 2 mean |v| / √Q_P, Q_P the number of levels above 0.
+
+    Paper: LSQ, "Learned Step Size Quantization", section 2.1.
+    """
+    return 2 * levels.positive_levels**0.5 * mean_magnitude
 
 
 def _published_spec(bit: int, power: bool, additive: bool, grad_scale: float | None) -> QuantSpec:

@@ -19,21 +19,23 @@ _MAX_TABLE_DENOMINATOR = 1 << 14  # PoT above 4 bits has larger ones; its table 
 
 @dataclass(frozen=True)
 class LevelSet:
-    """A set of quantization levels on [0, 1]: ``numerators / denominator``.
+    """A set of quantization levels: ``numerators / denominator``, on [0, 1] or signed.
 
-    Equation: L = {n / d : n in numerators}, n integer, 0 = n_0 < n_1 < … < n_max = d.
+    Equation: L = {n / d : n in numerators}, n integer, n_0 < n_1 < … < n_max = d. With n_0 = 0 the levels are those of
+    an activation, or of a weight's magnitude; with n_0 < 0 (``is_signed``) those of a weight, and equally spaced.
     From it follow the levels, the decision thresholds t_i = (n_i + n_{i+1}) / 2d and, since every threshold is an
     integer over 2d, an exact look-up: floor(u · 2d) names a cell on which the nearest level is constant.
 
     Args:
-        numerators: rising integers, the first 0, the last ``denominator``; dimensionless.
+        numerators: rising integers, the first 0 or negative, the last ``denominator``; dimensionless.
         denominator: positive integer d.
 
     ``levels`` are the n / d as correctly rounded Python floats, shape (L,); ``thresholds`` the t_i, shape (L − 1,);
-    ``float_numerators`` and ``steps`` the numerators and the denominator as floats.
+    ``float_numerators`` and ``steps`` the numerators and the denominator as floats; ``spacing`` the distance of
+    neighbouring numerators, 0 where it is not always the same.
 
     Raises:
-        ValueError: numerators that do not rise strictly from 0 to the denominator.
+        ValueError: numerators that do not rise strictly from 0 to the denominator, or signed ones at unequal distances.
 
     Paper: APoT, "Additive Powers-of-Two Quantization" (the set Q^a(1, b)); written as integers here so that packing,
     integer inference and the shift-and-add cost of a level are exact.
@@ -50,13 +52,18 @@ class LevelSet:
     thresholds: tuple[float, ...] = field(init=False, repr=False, compare=False)
     float_numerators: tuple[float, ...] = field(init=False, repr=False, compare=False)
     steps: float = field(init=False, repr=False, compare=False)
+    spacing: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         n = self.numerators
-        if len(n) < 2 or n[0] != 0 or n[-1] != self.denominator or any(a >= b for a, b in pairwise(n)):
+        if len(n) < 2 or n[0] > 0 or n[-1] != self.denominator or any(a >= b for a, b in pairwise(n)):
             raise ValueError(
                 f"numerators {n} over {self.denominator}: they must rise strictly from 0 to the denominator"
             )
+        distances = {b - a for a, b in pairwise(n)}
+        if n[0] < 0 and len(distances) > 1:
+            raise ValueError(f"numerators {n}: signed ones must be equally spaced")
+        object.__setattr__(self, "spacing", distances.pop() if len(distances) == 1 else 0)
         object.__setattr__(self, "levels", tuple(a / self.denominator for a in n))
         object.__setattr__(self, "thresholds", tuple((a + b) / (2 * self.denominator) for a, b in pairwise(n)))
         object.__setattr__(self, "float_numerators", tuple(map(float, n)))
@@ -71,9 +78,25 @@ class LevelSet:
         return (len(self) - 1).bit_length()
 
     @property
+    def is_signed(self) -> bool:
+        """Whether the set holds its negative levels itself; otherwise a weight's levels are ± those of the set."""
+        return self.numerators[0] < 0
+
+    @property
+    def signed_numerators(self) -> tuple[int, ...]:
+        """The numerators of a weight, from the most negative up: n, or ± n where the set is one of magnitudes."""
+        n = self.numerators
+        return n if self.is_signed else (*(-a for a in reversed(n[1:])), *n)
+
+    @property
+    def positive_levels(self) -> int:
+        """How many levels lie above 0: LSQ's Q_P."""
+        return sum(n > 0 for n in self.numerators)
+
+    @property
     def is_uniform(self) -> bool:
         """Whether the levels are equally spaced, so that rounding projects onto them."""
-        return len(self) == self.denominator + 1
+        return self.spacing == 1
 
     @property
     def is_pot(self) -> bool:
@@ -104,6 +127,10 @@ class LevelSet:
     def tensor(self, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> torch.Tensor:
         """The levels as a tensor ``levels_L``."""
         return torch.tensor(self.levels, dtype=dtype, device=device)
+
+    def signed_tensor(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The levels of a weight, ``signed_numerators`` / d, as a tensor."""
+        return torch.tensor([n / self.denominator for n in self.signed_numerators], dtype=dtype)
 
 
 def uniform_levels(bits: int) -> LevelSet:
@@ -172,23 +199,67 @@ def apot_levels(bits: int) -> LevelSet:
     return LevelSet(tuple(s // divisor for s in sums), sums[-1] // divisor)
 
 
+def twos_complement_levels(bits: int) -> LevelSet:
+    """The signed integers of B bits, −2^(B−1) … 2^(B−1) − 1, over the largest.
+
+    Args:
+        bits: B, 2 to 8.
+
+    Raises:
+        ValueError: bits outside 2 to 8.
+
+    Paper: LSQ, "Learned Step Size Quantization" (Q_N = 2^(B−1), Q_P = 2^(B−1) − 1 for weights).
+
+    >>> twos_complement_levels(2)
+    LevelSet(numerators=(-2, -1, 0, 1), denominator=1)
+    """
+    _check_bits(bits, 2)
+    half = 2 ** (bits - 1)
+    return LevelSet(tuple(range(-half, half)), half - 1)
+
+
+def odd_levels(bits: int) -> LevelSet:
+    """The 2^B levels (2 k − n) / n, n = 2^B − 1, k = 0 … n: odd numerators, and no zero.
+
+    Args:
+        bits: B, 1 to 8.
+
+    Raises:
+        ValueError: bits outside 1 to 8.
+
+    Paper: DoReFa-Net, "Low Bitwidth Training" of weights: 2 quantize_B(·) − 1.
+
+    >>> odd_levels(2).numerators
+    (-3, -1, 1, 3)
+    """
+    _check_bits(bits)
+    top = 2**bits - 1
+    return LevelSet(tuple(range(-top, top + 1, 2)), top)
+
+
 LEVEL_FAMILIES: dict[str, Callable[[int], LevelSet]] = {
     "uniform": uniform_levels,
     "pot": pot_levels,
     "apot": apot_levels,
 }
+SIGNED_FAMILIES: dict[str, Callable[[int], LevelSet]] = {
+    "twos-complement": twos_complement_levels,
+    "odd": odd_levels,
+}
+"""Of weights alone; their B bits are all of the weight's."""
 
 
 @lru_cache(maxsize=None, typed=True)  # typed: True is not 1
 def level_set(family: str, bits: int) -> LevelSet:
-    """The level set of a family (``uniform``, ``pot`` or ``apot``) at B = ``bits`` magnitude bits.
+    """The level set of a family: ``uniform``, ``pot`` or ``apot`` at B = ``bits`` magnitude bits, or a signed one.
 
     Raises:
         ValueError: an unknown family, or bits outside 1 to 8.
     """
-    if family not in LEVEL_FAMILIES:
-        raise ValueError(f"unknown level family {family!r}: choose one of {', '.join(LEVEL_FAMILIES)}")
-    return LEVEL_FAMILIES[family](bits)
+    families = LEVEL_FAMILIES | SIGNED_FAMILIES
+    if family not in families:
+        raise ValueError(f"unknown level family {family!r}: choose one of {', '.join(families)}")
+    return families[family](bits)
 
 
 def build_power_value(B: int = 2, additive: bool = True) -> torch.Tensor:
@@ -206,6 +277,6 @@ def build_power_value(B: int = 2, additive: bool = True) -> torch.Tensor:
     return level_set("apot" if additive else "pot", B).tensor()
 
 
-def _check_bits(bits: int) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
-        raise ValueError(f"{bits!r} bits: a level set takes an integer from 1 to {MAX_BITS}")
+def _check_bits(bits: int, fewest: int = 1) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not fewest <= bits <= MAX_BITS:
+        raise ValueError(f"{bits!r} bits: a level set takes an integer from {fewest} to {MAX_BITS}")

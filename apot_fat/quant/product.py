@@ -24,6 +24,7 @@ from apot_fat.quant.fake_quant import (
     activation_forward_with_codes,
     activation_from_codes,
     has_codes,
+    scaled,
 )
 from apot_fat.quant.kernels import run
 from apot_fat.quant.levels import LevelSet
@@ -115,10 +116,11 @@ class _QuantizedProduct(torch.autograd.Function):
         if grad_x_q is not None:
             grad_x_q = grad_x_q.to(x.dtype)  # held by nobody else, so that it can be overwritten
             if codes is None:
-                grad_x, grad_alpha = run(activation_backward, (grad_x_q, x_q, x), (alpha,), *act[1:], into=grad_x_q)
+                grad_x, grad_alpha = run(activation_backward, (grad_x_q, x_q, x), (alpha,), *act[1:3], into=grad_x_q)
             else:
                 tensors = grad_x_q, codes, x
-                grad_x, grad_alpha = run(activation_backward_from_codes, tensors, (alpha,), *act, into=grad_x_q)
+                grad_x, grad_alpha = run(activation_backward_from_codes, tensors, (alpha,), *act[:3], into=grad_x_q)
+            grad_alpha = scaled(grad_alpha, act.grad_scale)
         return (
             grad_x,
             grad_alpha,

@@ -7,12 +7,12 @@ import itertools
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from apot_fat.quant.levels import LEVEL_FAMILIES, LevelSet, level_set
+from apot_fat.quant.levels import LEVEL_FAMILIES, SIGNED_FAMILIES, LevelSet, level_set
 
 FLOAT_BITS = 32
 LOW_BITS = (2, 3, 4, 5, 6, 7, 8)
 
-WeightNorm = Literal["standardize", "center", "none"]
+WeightNorm = Literal["standardize", "center", "tanh", "none"]
 WeightGradient = Literal["calibrated", "clipped"]
 ActClip = Literal["above", "both"]
 ActAlphaGradient = Literal["full", "clipped-only"]
@@ -27,19 +27,28 @@ class QuantSpec:
 
     Args:
         weight_bits, act_bits: 2 to 8, or 32 for float. A weight of b bits spends one on the sign.
-        weight_levels, act_levels: level family, ``apot``, ``pot`` or ``uniform``.
-        weight_norm: ``standardize`` (w − mean) / std, ``center`` w − mean, or ``none``.
-        weight_norm_gradient: whether the gradient flows through mean and std; otherwise they are constants.
+        weight_levels, act_levels: level family, ``apot``, ``pot`` or ``uniform``; a weight's also ``twos-complement``
+            (−2^(b−1) … 2^(b−1) − 1 over the largest) or ``odd`` (2^b levels without 0), which hold their negatives.
+        weight_norm: ``standardize`` (w − mean) / std, ``center`` w − mean, ``tanh`` tanh(w) / max |tanh(w)|, or
+            ``none``.
+        weight_norm_gradient: whether the gradient flows through mean, std and maximum; otherwise they are constants.
         transform: FAT's frequency transform of the normalised weight.
-        weight_gradient: ``calibrated`` passes ∂L/∂ŵ whole, ``clipped`` only where |u| ≤ 1. 2-bit weights are always
-            calibrated.
+        weight_gradient: ``calibrated`` passes ∂L/∂ŵ whole, ``clipped`` only where u is inside the levels. 2-bit weights
+            {−1, 0, 1} are always calibrated.
+        weight_per_channel: one weight threshold an output channel, ``weight_alpha`` of shape (C_out,) with a gradient
+            each, instead of one a layer.
+        weight_alpha_learned: False keeps the weight's threshold as it is: a parameter without a gradient.
         act_signed: whether inputs may be negative: levels then stand for magnitudes, one bit is spent on the sign, and
             the input is quantized as a weight is, with the ``clipped`` gradient. Not with ``clipped-only``.
         act_clip: ``both`` clips the input to [0, 1] · α; ``above`` only at α, and passes the gradient of negatives.
         act_alpha_gradient: ``full`` Σ g (1[u > 1] + (q − u) 1[u ≤ 1]); ``clipped-only`` Σ g 1[u > 1].
-        grad_scale: factor on both threshold gradients, > 0; None is 1.
+        grad_scale: factor on both threshold gradients, > 0; None is 1. ``lsq`` is Q_P² / √(N Q_P), N the weights of
+            the threshold or the features of one input, Q_P the levels above 0: SGD on α = Q_P s then takes the steps
+            that it takes on s with LSQ's gradient scale g = 1 / √(N Q_P), learning rate, momentum and decay alike,
+            since ∂L/∂α = ∂L/∂s / Q_P and a step of α is Q_P steps of s.
         weight_alpha, act_alpha: initial clipping thresholds, > 0; the weight's in units of the normalised weight, the
-            activation's in units of the input.
+            activation's in units of the input. None for the weight's: LSQ's 2 mean |ŵ| √Q_P of the weight that the
+            layer has when it is made (``initialize_thresholds`` does so for other weights, and for activations).
 
     Raises:
         ValueError: a field outside its range, naming it.
@@ -56,15 +65,17 @@ class QuantSpec:
     act_signed: bool = False
     act_clip: ActClip = "above"
     act_alpha_gradient: ActAlphaGradient = "full"
-    grad_scale: float | None = None
-    weight_alpha: float = 3.0
+    grad_scale: float | Literal["lsq"] | None = None
+    weight_alpha: float | None = 3.0
     act_alpha: float = 8.0
+    weight_per_channel: bool = False
+    weight_alpha_learned: bool = True
 
     def __post_init__(self) -> None:
         check_bits(self.weight_bits, "weight_bits")
         check_bits(self.act_bits, "act_bits")
         choices = {
-            "weight_levels": tuple(LEVEL_FAMILIES),
+            "weight_levels": (*LEVEL_FAMILIES, *SIGNED_FAMILIES),
             "act_levels": tuple(LEVEL_FAMILIES),
             "weight_norm": get_args(WeightNorm),
             "weight_gradient": get_args(WeightGradient),
@@ -76,15 +87,21 @@ class QuantSpec:
                 raise ValueError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if self.act_signed and self.act_alpha_gradient == "clipped-only":
             raise ValueError("act_signed with act_alpha_gradient 'clipped-only': choose 'full' for signed inputs")
+        for name in ("weight_per_channel", "weight_alpha_learned"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} {getattr(self, name)!r}: choose True or False")
         for name in ("weight_alpha", "act_alpha", "grad_scale"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
+            if name == "grad_scale" and isinstance(value, str):
+                if value != "lsq":
+                    raise ValueError(f"grad_scale {value!r}: choose a positive number, 'lsq' or None")
+            elif value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} {value!r}: must be positive and finite")
 
     @property
     def weight_set(self) -> LevelSet:
-        """Magnitude levels of the weight: b − 1 bits of its family ({0, 1} at 2 bits, whatever the family)."""
-        return level_set(self.weight_levels, self.weight_bits - 1)
+        """Levels of the weight: b bits of a signed family, or b − 1 of its magnitude's ({0, 1} at 2 bits)."""
+        return level_set(self.weight_levels, self.weight_bits - (self.weight_levels not in SIGNED_FAMILIES))
 
     @property
     def act_set(self) -> LevelSet:
@@ -93,8 +110,8 @@ class QuantSpec:
 
     @property
     def clips_weight_gradient(self) -> bool:
-        """Whether ∂L/∂ŵ is 0 outside the threshold: the ``clipped`` gradient, above 2 bits."""
-        return self.weight_gradient == "clipped" and self.weight_bits > 2
+        """Whether ∂L/∂ŵ is 0 outside the levels: the ``clipped`` gradient, above 2 bits or with signed levels."""
+        return self.weight_gradient == "clipped" and (self.weight_bits > 2 or self.weight_levels in SIGNED_FAMILIES)
 
     def with_bits(self, bits: int) -> QuantSpec:
         """The same variant at other bits, for weight and activation alike."""
@@ -112,6 +129,33 @@ _APOT_IMAGENET = {
 _FAT_CIFAR = {"transform": True, "act_alpha": 5.0}
 _FAT_IMAGENET = {"transform": True, "act_alpha_gradient": "clipped-only"}
 
+# Learned Step Size Quantization (Esser et al., 2020), exact but for values on a bound, which count as inside here, and
+# for signed inputs, whose levels are symmetric. The step is s = α / Q_P. As in the paper train thresholds like weights
+# (threshold_groups = false) from an fp32 network, after initialize_thresholds(model, batch, "lsq").
+_LSQ = {
+    "weight_levels": "twos-complement",
+    "act_levels": "uniform",
+    "weight_norm": "none",
+    "weight_gradient": "clipped",
+    "act_clip": "both",
+    "grad_scale": "lsq",
+    "weight_alpha": None,
+    "act_alpha": 3.0,
+}
+# PACT (Choi et al., 2018): equations 1 to 3 for activations, again with the bound inside, and DoReFa-Net's weights. Its
+# decay of the threshold is the optimiser's alpha_weight_decay; the initial threshold is ours, large as the paper asks.
+_PACT = {
+    "weight_levels": "odd",
+    "act_levels": "uniform",
+    "weight_norm": "tanh",
+    "weight_norm_gradient": True,
+    "act_clip": "both",
+    "act_alpha_gradient": "clipped-only",
+    "weight_alpha": 1.0,
+    "weight_alpha_learned": False,
+    "act_alpha": 8.0,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "apot-cifar": {},
     "apot-imagenet": _APOT_IMAGENET,
@@ -122,6 +166,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fat-imagenet": _FAT_IMAGENET | _UNIFORM,
     "fat-imagenet-log": _FAT_IMAGENET | _POT,
     "uniform-mobilenet": {"weight_norm": "center", "act_alpha_gradient": "clipped-only", "act_alpha": 5.0} | _UNIFORM,
+    "lsq": _LSQ,
+    "pact": _PACT,
 }
 
 
@@ -129,7 +175,7 @@ def preset(name: str, bits: int = 4, **overrides: Any) -> QuantSpec:
     """The ``QuantSpec`` of a published variant.
 
     Args:
-        name: one of ``PRESETS``.
+        name: one of ``PRESETS``: APoT's and FAT's, and for comparison ``lsq`` and ``pact``.
         bits: for weight and activation, 2 to 8, or 32 for the full-precision layer.
         overrides: any field of ``QuantSpec``.
 

@@ -11,14 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apot_fat.quant.fake_quant import quantize_weight
-from apot_fat.quant.layers import QuantConv2d, QuantLinear, quant_layers
+from apot_fat.quant.layers import (
+    QuantConv2d,
+    QuantLinear,
+    initial_step_threshold,
+    keep_thresholds_positive,
+    quant_layers,
+)
 from apot_fat.quant.levels import LevelSet
 from apot_fat.text import one_line
 
-ThresholdRule = Literal["mse"]
+ThresholdRule = Literal["mse", "lsq"]
 
 FIT_SAMPLES = 1 << 16
 """Values that a threshold is fitted to."""
+_FIT_CHANNEL_SAMPLES = 1 << 10
 _FIT_STEPS = 100
 
 
@@ -26,23 +33,27 @@ _FIT_STEPS = 100
 def initialize_thresholds(model: nn.Module, batch: Tensor, rule: str = "mse") -> nn.Module:
     """Set the thresholds of every quantized layer from its weight and from what reaches it on a batch, in place.
 
-    ``mse``: the threshold of least squared error (``fit_threshold``), of the normalised (with FAT also transformed)
-    weight and of the layer's input. One forward pass: each layer's thresholds are set as it is reached, so that the
-    layers after it see its quantized output. Batch norms take the batch's statistics, as in training, and keep their
-    own; dropout is off. Parameters keep their identity: call it before or after the optimiser is made, but before the
-    first step. With several processes, call it on one and broadcast, or on each with the same batch.
+    ``mse``: the threshold of least squared error (``fit_threshold``); ``lsq``: 2 mean |v| √Q_P, which is the step
+    2 mean |v| / √Q_P times the number Q_P of levels above 0. v is the normalised (with FAT also transformed) weight, or
+    the layer's input. One forward pass: each layer's thresholds are set as it is reached, so that the layers after it
+    see its quantized output. Batch norms take the batch's statistics, as in training, and keep their own; dropout is
+    off. Parameters keep their identity: call it before or after the optimiser is made, but before the first step. With
+    several processes, call it on one and broadcast, or on each with the same batch.
 
     Args:
         model: any network that holds ``QuantConv2d`` or ``QuantLinear``; its mode and all else stay as they are.
         batch: inputs, as the network takes them, on its device.
-        rule: ``mse``.
+        rule: ``mse`` or ``lsq``.
 
     Returns:
-        The model. A layer that the batch does not reach keeps its input's threshold.
+        The model. A layer that the batch does not reach keeps its input's threshold; one whose weight threshold is not
+        learned (PACT) keeps that.
 
     Raises:
         ValueError: an unknown rule, no quantized layer, or a batch that the network refuses; only in the last case may
             some thresholds have been set.
+
+    Paper: LSQ, "Learned Step Size Quantization", section 2.1.
     """
     if rule not in get_args(ThresholdRule):
         raise ValueError(f"threshold rule {rule!r}: choose one of {', '.join(get_args(ThresholdRule))}")
@@ -50,8 +61,10 @@ def initialize_thresholds(model: nn.Module, batch: Tensor, rule: str = "mse") ->
     if not waiting:
         raise ValueError(f"{type(model).__name__} holds no quantized layer: there is no threshold to set")
     for layer in waiting.values():
-        if layer.weight_alpha is not None:
-            layer.weight_alpha.fill_(fit_threshold(layer.transformed_weight(), layer.spec.weight_set, signed=True))
+        if rule == "mse":
+            fit_weight_threshold(layer)
+        elif layer.weight_alpha is not None and layer.spec.weight_alpha_learned:
+            layer.set_weight_alpha_from_step()
 
     def fit_input(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         if waiting.pop(id(layer), None) is None:  # called again
@@ -59,7 +72,11 @@ def initialize_thresholds(model: nn.Module, batch: Tensor, rule: str = "mse") ->
         assert isinstance(layer, QuantConv2d | QuantLinear)
         if layer.act_alpha is not None and isinstance(inputs[0], Tensor) and inputs[0].numel():
             x = F.relu(inputs[0]) if layer.relu else inputs[0]
-            layer.act_alpha.fill_(fit_threshold(x, layer.spec.act_set, signed=layer.spec.act_signed))
+            if rule == "mse":
+                layer.act_alpha.fill_(fit_threshold(x, layer.spec.act_set, signed=layer.spec.act_signed))
+            else:
+                layer.act_alpha.copy_(initial_step_threshold(x.abs().mean(), layer.spec.act_set))
+                keep_thresholds_positive(layer)
 
     handles = [layer.register_forward_pre_hook(fit_input) for layer in waiting.values()]
     try:
@@ -89,14 +106,36 @@ def fit_threshold(values: Tensor, levels: LevelSet, *, signed: bool) -> float:
     """
     values = values.detach().flatten()
     values = values[:: max(1, values.numel() // FIT_SAMPLES)].float()
-    if not signed:
-        values = values.clamp(min=0)
-    largest = values.abs().max()
-    if not largest > 0 or not torch.isfinite(largest):
-        return 1.0
-    candidates = largest * torch.linspace(1 / _FIT_STEPS, 1, _FIT_STEPS, device=values.device)
-    errors = [(quantize_weight(values, a, levels, clip_gradient=True) - values).square().sum() for a in candidates]
-    return candidates[int(torch.stack(errors).argmin())].item()
+    return _fit_rows((values if signed else values.clamp(min=0))[None], levels).item()
+
+
+@torch.no_grad()
+def fit_weight_threshold(layer: QuantConv2d | QuantLinear) -> None:
+    """Set a layer's weight thresholds, of the layer or of each channel, to those of least squared error, in place.
+
+    A layer without one, or whose threshold is not learned, is left as it is. About 1,000 evenly taken values stand for
+    a channel's.
+    """
+    if layer.weight_alpha is None or not layer.spec.weight_alpha_learned:
+        return
+    w, levels = layer.transformed_weight(), layer.spec.weight_set
+    if not layer.weight_alpha.dim():
+        layer.weight_alpha.fill_(fit_threshold(w, levels, signed=True))
+        return
+    rows = w.flatten(1)
+    layer.weight_alpha.copy_(_fit_rows(rows[:, :: max(1, rows.shape[1] // _FIT_CHANNEL_SAMPLES)].float(), levels))
+
+
+def _fit_rows(values_CK: Tensor, levels: LevelSet) -> Tensor:
+    # the threshold of each row, (C,)
+    largest_C = values_CK.abs().amax(1)
+    candidates_SC = torch.linspace(1 / _FIT_STEPS, 1, _FIT_STEPS, device=values_CK.device)[:, None] * largest_C
+    errors = [
+        (quantize_weight(values_CK, alpha_C, levels, clip_gradient=True) - values_CK).square().sum(1)
+        for alpha_C in candidates_SC
+    ]
+    best_C = candidates_SC.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+    return torch.where((largest_C > 0) & largest_C.isfinite(), best_C, 1.0)
 
 
 @contextmanager

@@ -192,7 +192,7 @@ def _bits(layer: nn.Module) -> tuple[int, int]:
 
 def _scales(layer: nn.Module, weight_bits: int) -> int:
     if isinstance(layer, QuantConv2d | QuantLinear):
-        return (layer.weight_alpha is not None) + (layer.act_alpha is not None)
+        return sum(alpha.numel() for alpha in (layer.weight_alpha, layer.act_alpha) if alpha is not None)
     return int(weight_bits != FLOAT_BITS)
 
 

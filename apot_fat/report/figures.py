@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from apot_fat.checkpoint import atomic_write, load_weights, num_outputs, read_checkpoint
-from apot_fat.models import create_model
 from apot_fat.quant.layers import quant_layers
-from apot_fat.training.run import BEST, LAST, RunSummary, run_config
+from apot_fat.training.run import BEST, LAST, RunSummary, create_network, run_config
 
 METHOD_COLORS = {"fp32": "#4d4d4d", "apot": "#0072b2", "fat": "#d55e00", "uniform": "#009e73"}  # Okabe–Ito
 _BIT_STYLES = {32: "-", 5: (0, (1, 1)), 4: "-", 3: "--", 2: ":"}
@@ -117,18 +115,18 @@ def _draw_weights(axes: Any, runs: Sequence[RunSummary]) -> None:
     run = max(apot, key=lambda run: run.bits)
     content = read_checkpoint(run.folder / BEST)
     config = run_config(content, run.folder / BEST)
-    model = load_weights(create_model(config.arch, config.preset, config.bit, num_outputs(content)), content)
+    model = load_weights(create_network(config, num_outputs(content)), content)
     name, layer = list(quant_layers(model))[len(list(quant_layers(model))) // 2]
     assert layer.weight_alpha is not None
     with torch.no_grad():
         values = layer.transformed_weight().flatten().numpy()
-        alpha = layer.weight_alpha.item()
-    magnitudes = np.array(layer.spec.weight_set.levels) * alpha
+        alpha = layer.weight_alpha.mean().item()
+    levels = layer.spec.weight_set.signed_tensor().numpy() * alpha
     color = METHOD_COLORS.get(_family(run), "#cc79a7")
     axes.hist(values, bins=120, color=color, alpha=0.35, density=True)
-    for level in (*-magnitudes[1:], *magnitudes):
+    for level in levels:
         axes.axvline(level, color=color, linewidth=0.9)
-    axes.axvspan(-alpha, alpha, color=color, alpha=0.04)
+    axes.axvspan(levels[0], alpha, color=color, alpha=0.04)
     axes.set(
         title=f"Weights of {name} and their levels ({_label(run)})",
         xlabel="normalised weight; shaded: inside the clipping threshold",

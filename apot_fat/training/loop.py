@@ -248,9 +248,8 @@ def _first_non_finite(model: nn.Module, x: Tensor) -> str:
                     ("weight", getattr(module, "weight_alpha", None)),
                     ("activation", getattr(module, "act_alpha", None)),
                 )
-                found.append(
-                    name + "".join(f", {side} alpha {alpha.item():.4g}" for side, alpha in alphas if alpha is not None)
-                )
+                said = [f", {side} alpha {alpha.mean().item():.4g}" for side, alpha in alphas if alpha is not None]
+                found.append(name + "".join(said))
 
         return hook
 

@@ -117,7 +117,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
     dataset = dataset or load_config_dataset(config)
     assert dataset.train is not None
     seed_everything(config.seed)
-    model = create_model(config.arch, config.preset, config.bit, len(dataset.classes))
+    model = create_network(config, len(dataset.classes))
     if state is None:
         load_initial_weights(model, config)
     if config.sync_bn and processes.is_distributed:
@@ -374,6 +374,12 @@ def make_batches(
         return ImageBatches(images, batch_size, device, mean, std, augmentation=augmentation, **options)
     options |= {"crop": config.crop, "workers": config.workers, "on_damaged": config.on_damaged}
     return FileBatches(images, batch_size, device, mean, std, image_size=config.image_size or 224, **options)
+
+
+def create_network(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The network a config names."""
+    options = {"weight_per_channel": True} if config.weight_per_channel else {}
+    return create_model(config.arch, config.preset, config.bit, num_classes, **options)
 
 
 def load_initial_weights(model: nn.Module, config: TrainConfig) -> None:

@@ -56,8 +56,11 @@ def test_shapes_and_memory_formats_share_a_kernel() -> None:
         x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
         y = quantize_weight(x, alpha, levels, clip_gradient=False)
         part = quantize_weight(x[:, 1:], alpha, levels, clip_gradient=False)
+        every_second = quantize_activation(torch.stack([x, x], -1)[..., 0], alpha, levels)
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y[:, 1:], part, atol=0, rtol=0)
+    set_kernels("eager")
+    torch.testing.assert_close(every_second, quantize_activation(x, alpha, levels), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "bits"), [("apot-cifar", 4), ("fat-cifar-log", 3)])

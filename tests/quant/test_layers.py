@@ -12,10 +12,11 @@ from apot_fat import QuantConv2d, QuantLinear, clipping_table, preset, set_bits,
 from apot_fat.quant import ALPHA_FLOOR, PRESETS, EightBitConv2d, EightBitLinear, keep_thresholds_positive
 
 LAYER_BITS = (2, 3, 4, 5)
+PUBLISHED = [name for name in PRESETS if name not in ("lsq", "pact")]  # by the authors of APoT and FAT
 
 
 @pytest.mark.parametrize("bits", LAYER_BITS)
-@pytest.mark.parametrize("name", [*PRESETS, "apot-imagenet-gradscale", "uniform-mobilenet-signed"])
+@pytest.mark.parametrize("name", [*PUBLISHED, "apot-imagenet-gradscale", "uniform-mobilenet-signed"])
 def test_forward_and_gradients_equal_the_published_code(reference: Path, name: str, bits: int) -> None:
     arrays = np.load(reference / "reference/layers.npz")
     seeds = sorted({key.split("/")[2] for key in arrays.files if key.startswith(f"{name}/bit{bits}/")})
@@ -70,7 +71,7 @@ def test_every_preset_in_both_layers(name: str, bits: int) -> None:
         y.square().sum().backward()
         assert y.isfinite().all()
         assert x.grad is not None
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
         again = copy.deepcopy(layer)
         again.load_state_dict(layer.state_dict())
         torch.testing.assert_close(again(x), y, atol=0, rtol=0)
