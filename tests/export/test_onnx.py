@@ -3,6 +3,7 @@ from __future__ import annotations
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +263,19 @@ def test_script_writes_a_file_and_says_mistakes(tmp_path: Path, caplog: pytest.L
     assert run_file(tmp_path / "net.onnx", torch.randn(3, 3, 32, 32)).shape == (3, 10)
     with pytest.raises(ValueError, match="does not record its network; give --arch and --bit"):
         main(line)
+
+
+@pytest.mark.parametrize("name", ["apot-cifar", "lsq", "pact"])
+@pytest.mark.parametrize("mode", ["float", "int8"])
+def test_one_weight_threshold_a_channel(name: str, mode: Any, tmp_path: Path) -> None:
+    model = small(name, 4)
+    for module in model.modules():
+        if isinstance(module, QuantConv2d | QuantLinear):
+            module.spec = replace(module.spec, weight_per_channel=True)
+            assert module.weight_alpha is not None
+            if name != "pact":
+                factors = torch.rand_like(module.weight_alpha) + 0.5
+                module.weight_alpha.data.mul_(factors)
+    report = export_onnx(model, tmp_path / "a.onnx", (3, 16, 16), mode, verify_with=torch.randn(8, 3, 16, 16))
+    assert report.integer_convs == (4 if mode == "int8" else 0)
+    assert report.error < (0.25 if mode == "int8" else 1e-4)

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apot_fat import QuantConv2d, QuantLinear, preset
-from apot_fat.quant import LevelSet, initialize_thresholds, level_set, quantize_weight
+from apot_fat import QuantConv2d, QuantLinear, load_weights, preset
+from apot_fat.models import create_model
+from apot_fat.quant import LevelSet, initialize_thresholds, level_set, quant_layers, quantize_weight
+from apot_fat.quant.kernels import get_kernels, set_kernels
 
 
 def lsq(v: Tensor, s: Tensor, lowest: int, highest: int, features: int) -> Tensor:
@@ -133,3 +135,31 @@ def test_initial_steps() -> None:
     torch.testing.assert_close(layer.act_alpha, 2 * x.mean() * math.sqrt(7))
     assert fixed.weight_alpha is not None
     assert fixed.weight_alpha.item() == 1
+
+
+@pytest.mark.parametrize("family", ["twos-complement", "odd"])
+def test_compiled_and_eager_kernels_agree(family: str) -> None:
+    levels, alpha = level_set(family, 4), torch.tensor(0.8)
+    w = torch.cat([torch.randn(500), 0.8 * torch.tensor(levels.thresholds), torch.tensor([torch.nan, torch.inf])])
+    before, results = get_kernels(), []
+    try:
+        for kernels in ("eager", "compiled"):
+            set_kernels(kernels)
+            leaf = w.clone().requires_grad_()
+            y = quantize_weight(leaf, alpha, levels, clip_gradient=True)
+            y[:500].sum().backward()
+            results.append((y.detach(), leaf.grad))
+    finally:
+        set_kernels(before)
+    torch.testing.assert_close(results[1], results[0], atol=0, rtol=0, equal_nan=True)
+
+
+def test_a_load_from_full_precision_starts_at_the_loaded_weight_s_step() -> None:
+    full, quantized = create_model("resnet20", bits=32), create_model("resnet20", "lsq", 3)
+    with torch.no_grad():
+        for parameter in full.parameters():
+            parameter.mul_(5)
+    load_weights(quantized, full.state_dict(), other_bits=True)
+    for _, layer in quant_layers(quantized):
+        expected = 2 * layer.weight.detach().abs().mean() * math.sqrt(3)
+        torch.testing.assert_close(layer.weight_alpha, expected)

@@ -70,6 +70,34 @@ def test_weights_are_odd_and_idempotent(levels: LevelSet, w: Tensor, alpha: floa
 
 
 @QUICK
+@given(st.sampled_from(["twos-complement", "odd"]), st.integers(2, 5), tensors(), st.floats(0.01, 20))
+def test_signed_levels_are_idempotent_monotone_and_nearest(family: str, bits: int, w: Tensor, alpha: float) -> None:
+    a, levels = alpha_of(alpha), level_set(family, bits)
+    q = quantize_weight(w, a, levels, clip_gradient=True)
+    assert (q.shape, q.dtype) == (w.shape, w.dtype)
+    torch.testing.assert_close(quantize_weight(q, a, levels, clip_gradient=True), q, atol=1e-12, rtol=1e-12)
+    assert (q.flatten()[w.flatten().argsort()].diff() >= 0).all()
+    values = levels.tensor(torch.float64) * alpha
+    inside = w.clamp(values[0], values[-1])
+    nearest = (inside[..., None] - values).abs().min(-1).values
+    torch.testing.assert_close((q - inside).abs(), nearest, atol=1e-9, rtol=1e-9)
+
+
+@QUICK
+@given(level_sets(), tensors(), st.floats(0.01, 20))
+def test_equal_thresholds_of_all_channels_are_one_threshold(levels: LevelSet, w: Tensor, alpha: float) -> None:
+    if not w.dim():
+        return
+    one, many = alpha_of(alpha).requires_grad_(), alpha_of(alpha).repeat(len(w)).requires_grad_()
+    q, q_one = (quantize_weight(w, a, levels, clip_gradient=False) for a in (many, one))
+    torch.testing.assert_close(q, q_one, atol=0, rtol=0)
+    assert q.stride() == q_one.stride()
+    q.square().sum().backward()
+    q_one.square().sum().backward()
+    torch.testing.assert_close(many.grad.sum(), one.grad, atol=1e-9, rtol=1e-9)  # type: ignore[union-attr]
+
+
+@QUICK
 @given(level_sets(), tensors(), st.integers(-8, 8), st.floats(0.01, 20))
 def test_a_power_of_two_scales_input_and_threshold_alike(levels: LevelSet, x: Tensor, k: int, alpha: float) -> None:
     a, scale = alpha_of(alpha), 2.0**k
@@ -132,7 +160,7 @@ def test_compiled_equals_eager(family: str, data: st.DataObject) -> None:
     torch.testing.assert_close(results[1], results[0], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["apot-cifar", "fat-imagenet-log", "uniform-mobilenet"])
+@pytest.mark.parametrize("name", ["apot-cifar", "fat-imagenet-log", "uniform-mobilenet", "lsq", "pact"])
 def test_layers_are_copied_pickled_saved_and_exported(name: str) -> None:
     model = nn.Sequential(
         QuantConv2d(3, 4, 3, spec=preset(name, bits=3)), nn.ReLU(), nn.Flatten(), QuantLinear(36, 2, spec=preset(name))

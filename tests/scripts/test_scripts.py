@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from apot_fat import clipping_table, save_packed
-from apot_fat.checkpoint import write_checkpoint
+from apot_fat.checkpoint import load_packed, write_checkpoint
 from apot_fat.models import create_model
 from apot_fat.quant.layers import quant_layers
 
@@ -200,3 +200,25 @@ def test_released_checkpoint_from_the_command_line(run: Run, reference: Path) ->
     assert correct is not None
     assert abs(int(correct[1]) - 946) <= 1
     assert "clipping threshold weight alpha: 1.569000, activation alpha: 1.438000\n" in out
+
+
+def test_one_weight_threshold_a_channel_is_recorded_and_restored(run: Run, data: tuple[object, ...]) -> None:
+    line = ("train.py", *"--arch res20 --bit 3 --preset lsq --epochs 1 -b 16".split(), *data)
+    assert run(*line, "--weight-per-channel")[0] == 0
+    folder = Path("result/res20_3bit")
+    best = folder / "model_best.pth.tar"
+    assert "weight_per_channel = true" in (folder / "config.toml").read_text()
+    code, _, err = run(*line, "--resume", "auto")
+    assert code == 2
+    assert "was run with weight_per_channel = True, not False" in err
+    code, out, _ = run("evaluate.py", "--init", best)
+    assert code == 0
+    assert run("show_params.py", best)[1] in out
+    row = json.loads((folder / "metrics.jsonl").read_text())
+    shown = float(re.findall(r"weight alpha: (\d\.\d+)", out)[0])
+    assert row["layers"]["layer1.0.conv1"]["weight_alpha"] == pytest.approx(shown, abs=1e-3)
+    assert run("export.py", best, "--to", "packed", "--output", "small")[0] == 0
+    state = torch.load(best, weights_only=True)["state_dict"]
+    alpha = dict(load_packed("small").named_parameters())["layer1.0.conv1.weight_alpha"]
+    assert torch.equal(alpha, state["layer1.0.conv1.weight_alpha"])
+    assert alpha.shape == (16,)
