@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train the chain, then print the table of all runs in the output folder and draw them."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("--bits", metavar="B,B,…", help="chain of bit-widths (default: the recipe's)")
+    parser.add_argument("--resume", choices=["auto"], help="what it does anyway: go on where the last run stopped")
     request = parse(parser, argv)
     if request.recipe is None:
         raise ValueError("no recipe for this network, data set and method under configs/: name one with --config")
