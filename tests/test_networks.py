@@ -82,7 +82,8 @@ def test_a_network_is_converted_trained_and_packed(name: str, method: str, tmp_p
     report = "onnxruntime is not installed"
     if importlib.util.find_spec("onnxruntime"):
         limit = 1.0 if name in ON_THRESHOLDS else None
-        error = export_onnx(model, tmp_path / "float.onnx", (3, 64, 64), verify_with=x, max_error=limit).error
+        inputs = torch.randn(15, 3, 64, 64)  # the median leaves out those with a value within rounding of a threshold
+        error = export_onnx(model, tmp_path / "float.onnx", (3, 64, 64), verify_with=inputs, max_error=limit).error
         assert error < 1e-4 or name in ON_THRESHOLDS
         report = f"{error:.1e}"
     left = Counter(row.note for row in done.rows if not row.is_quantized)
