@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from apot_fat.checkpoint import load_weights, num_outputs, read_checkpoint, save_packed
+from apot_fat.checkpoint import load_weights, num_outputs, read_checkpoint
 from apot_fat.command_line import OneLineParser, log, run_main
-from apot_fat.export import export_onnx
+from apot_fat.export import WRITERS
 from apot_fat.models import find_architecture
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.run import create_network, load_config_dataset, make_batches
@@ -53,30 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     classes = num_outputs(content, f"checkpoint {options.checkpoint}")
     model = load_weights(create_network(config, classes), content).eval()
     images = _images(config) if "data" in given else None
-    WRITERS[options.to](model, Path(options.output), _input_shape(config, images, bool(recorded)), images, options.mode)
-
-
-def _write_onnx(model: nn.Module, path: Path, input_shape: tuple[int, ...], images: Tensor | None, mode: Any) -> None:
-    report = export_onnx(model, path, input_shape, mode, verify_with=images)
-    inputs = f"{len(images)} images" if images is not None else "noise"
-    log.info("%s: %d of %d quantized layers in integers", path, report.integer_convs, report.quantized_layers)
-    log.info(
-        "compared with PyTorch on %s: median error %.2g of the norm (allowed: %.2g), same largest output for %.1f%%",
-        inputs,
-        report.error,
-        report.max_error,
-        100 * report.agreement,
-    )
-
-
-def _write_packed(model: nn.Module, path: Path, *_: object) -> None:
-    log.info("%s: %d bytes", path, save_packed(model, path))
-
-
-WRITERS: dict[str, Callable[[nn.Module, Path, tuple[int, ...], Tensor | None, str], None]] = {
-    "onnx": _write_onnx,
-    "packed": _write_packed,
-}
+    input_shape = _input_shape(config, images, bool(recorded))
+    said = WRITERS[options.to](model, Path(options.output), input_shape, images, options.mode)
+    log.info("%s: %s", options.output, said)
 
 
 def _images(config: TrainConfig) -> Tensor:

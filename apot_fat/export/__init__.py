@@ -2,8 +2,10 @@
 
 from apot_fat.export.integer import Divergence, IntegerLayer, compare_networks, integer_network, simulated_accumulator
 from apot_fat.export.onnx import OnnxReport, export_onnx
+from apot_fat.export.writers import WRITERS
 
 __all__ = [
+    "WRITERS",
     "Divergence",
     "IntegerLayer",
     "OnnxReport",
