@@ -81,7 +81,7 @@ class TrainConfig:
     act_alpha_lr: float = _option(0.1, "learning rate of activation thresholds", above=0)
     weight_alpha_lr: float = _option(0.02, "learning rate of weight thresholds and FAT's matrices", above=0)
     alpha_weight_decay: float = _option(1e-4, "weight decay of the threshold groups", low=0)
-    label_smoothing: float = _option(0.0, "of the cross entropy", low=0, high=0.999)
+    label_smoothing: float = _option(0.0, "of the cross entropy (Szegedy 2016)", low=0, high=0.999)
 
     init: str | None = _option(
         None, "checkpoint to start from, of any bit-width; `torchvision`: its fp32 weights; `none`", "--pretrained"

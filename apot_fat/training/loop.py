@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from apot_fat.data.sharding import Batch, Batches
 from apot_fat.training.distributed import sum_over_processes
+from apot_fat.training.objective import Objective
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,7 +26,7 @@ class Result:
     """What one pass over a set of images gave.
 
     Args:
-        loss: mean cross entropy, nats.
+        loss: mean over the images, nats: the objective in training, the cross entropy in evaluation.
         correct: images whose largest logit is their class.
         total: images.
         seconds: wall time.
@@ -122,8 +123,8 @@ def train_epoch(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler,
     *,
+    objective: Objective | None = None,
     amp: str = "off",
-    label_smoothing: float = 0.0,
     skip_nonfinite: int = 0,
     log: Callable[[str], None] | None = None,
     print_freq: int = 100,
@@ -133,13 +134,13 @@ def train_epoch(
 ) -> Result:
     """One pass of SGD over the batches, a schedule step after each optimiser step.
 
-    The gradient of a step is that of the mean loss over its images, however they are divided among accumulated
-    batches and processes.
+    The gradient of a step is that of the objective over its images, however they are divided among accumulated batches
+    and processes.
 
     Args:
         model: the network, or ``DistributedDataParallel`` around it.
+        objective: the loss of a batch; by default its cross entropy.
         amp: ``off``, ``bf16`` or ``fp16`` (with an enabled ``scaler``).
-        label_smoothing: of the cross entropy, [0, 1).
         skip_nonfinite: steps in a row that may be left out, batch statistics and all, because their gradient is not
             finite. With fp16 a gradient that overflows its scale is the scaler's business, and only the loss counts.
         log: takes the published line every ``print_freq`` batches.
@@ -151,6 +152,7 @@ def train_epoch(
         NonFiniteError: one more such step in a row.
     """
     model.train()
+    objective = objective or Objective()
     device = next(model.parameters()).device
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     meter = Meter(device)
@@ -158,31 +160,30 @@ def train_epoch(
     guard = _FiniteGuard(model, scaler, skip_nonfinite)
     if position is not None:
         meter.restore(position.meter)
-    for index, (x, labels, share, ends_step) in enumerate(_bar(batches, f"epoch {epoch}", show=log is not None)):
+    for index, batch in enumerate(_bar(batches, f"epoch {epoch}", show=log is not None)):
         if position is not None and index < position.batches:
             continue  # drawn all the same: the random numbers of later batches follow theirs
         meter.data_ready()
-        with _no_sync(model, not ends_step):
-            with _autocast(device, amp):
-                logits = model(x)
-                loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-            scaler.scale(loss * (share * world)).backward()  # DistributedDataParallel divides by world
-        if not guard.accepts(loss, ends_step):
+        with _no_sync(model, not batch.ends_step):
+            with autocast(device, amp):
+                loss, logits = objective(model, batch)
+            scaler.scale(loss * (batch.share * world)).backward()  # DistributedDataParallel divides by world
+        if not guard.accepts(loss, batch.ends_step):
             where = f"epoch {epoch}, step {index}"
-            guard.tolerate(where, x, loss)
+            guard.tolerate(where, batch.x, loss)
             (log or _silent)(f"{where}: gradient not finite (loss {loss.item():.4g}), step left out")
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             continue
-        if ends_step:
+        if batch.ends_step:
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-        meter.update(loss, logits, labels)
+        meter.update(loss, logits, batch.labels)
         if log and index % print_freq == 0:
             log(meter.line(f"Epoch: [{epoch}][{index}/{batches.num_batches}]", with_data=True))
-        if ends_step and after_step is not None:
+        if batch.ends_step and after_step is not None:
             after_step(index + 1, meter)
     return meter.result()
 
@@ -293,11 +294,11 @@ def evaluate(
     model.eval()
     device = next(model.parameters()).device
     meter = Meter(device)
-    for index, (x, labels, _, _) in enumerate(_bar(batches, "test", show=log is not None)):
-        with _autocast(device, amp):
-            logits = model(x)
-            loss = F.cross_entropy(logits, labels)
-        meter.update(loss, logits, labels)
+    for index, batch in enumerate(_bar(batches, "test", show=log is not None)):
+        with autocast(device, amp):
+            logits = model(batch.x)
+            loss = F.cross_entropy(logits, batch.labels)
+        meter.update(loss, logits, batch.labels)
         if log and index % print_freq == 0:
             log(meter.line(f"Test: [{index}/{batches.num_batches}]", with_data=False))
         if after_batch is not None:
@@ -311,7 +312,8 @@ def _no_sync(model: nn.Module, active: bool) -> AbstractContextManager[object]:
     return model.no_sync() if active and isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def _autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
+def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
+    """The mixed precision of ``off``, ``bf16`` or ``fp16``."""
     dtype = AMP_DTYPES[amp]
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 

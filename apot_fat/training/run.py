@@ -54,6 +54,7 @@ from apot_fat.training.distributed import (
 from apot_fat.training.environment import environment
 from apot_fat.training.interruption import InterruptedRunError, SignalWatch
 from apot_fat.training.loop import Meter, Position, Result, evaluate, train_epoch
+from apot_fat.training.objective import Objective
 from apot_fat.training.optim import make_optimizer, make_schedule
 
 LAST, BEST, METRICS, CONFIG = "checkpoint.pth.tar", "model_best.pth.tar", "metrics.jsonl", "config.toml"
@@ -133,6 +134,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, len(train_batches))
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    objective = Objective(label_smoothing=config.label_smoothing)
     trackers = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     if not len(train_batches):
         raise ValueError(f"{dataset.name}: {len(dataset.train)} training images do not fill one batch")
@@ -163,8 +165,8 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
                 optimizer,
                 schedule,
                 scaler,
+                objective=objective,
                 amp=config.amp,
-                label_smoothing=config.label_smoothing,
                 skip_nonfinite=config.skip_nonfinite,
                 log=say,
                 print_freq=config.print_freq,

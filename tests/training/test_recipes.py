@@ -8,6 +8,7 @@ import torch
 from apot_fat.data import Dataset, ImageSet
 from apot_fat.models import create_model, find_architecture
 from apot_fat.training import read_recipe, train_epoch
+from apot_fat.training.objective import Objective
 from apot_fat.training.optim import make_optimizer, make_schedule
 from apot_fat.training.recipe import CONFIG_ROOT
 from apot_fat.training.run import make_batches
@@ -28,10 +29,9 @@ def test_every_recipe_trains_two_steps(path: Path) -> None:
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, len(batches))
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    result = train_epoch(
-        model, batches, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False),
-        label_smoothing=config.label_smoothing,
-    )  # fmt: skip
+    objective = Objective(label_smoothing=config.label_smoothing)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    result = train_epoch(model, batches, optimizer, schedule, scaler, objective=objective)
     assert result.total == 4
     assert torch.tensor(result.loss).isfinite()
     # at the published initial thresholds an untrained MobileNetV2 has only zero weights: its last layer learns alone
