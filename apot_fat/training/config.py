@@ -16,6 +16,7 @@ LOADERS = ("auto", "memory", "stream")
 AUGMENTS = ("auto", *CROPS)
 LR_UNITS = ("epochs", "steps")
 SCHEDULES = ("step", "cosine", "onecycle")
+THRESHOLD_INITS = ("constant", "mse")
 AMP_TYPES = ("off", "bf16", "fp16")
 COMPILE_MODES = ("auto", "off", "quantizers", "model")
 
@@ -81,6 +82,12 @@ class TrainConfig:
     act_alpha_lr: float = _option(0.1, "learning rate of activation thresholds", above=0)
     weight_alpha_lr: float = _option(0.02, "learning rate of weight thresholds and FAT's matrices", above=0)
     alpha_weight_decay: float = _option(1e-4, "weight decay of the threshold groups", low=0)
+    threshold_init: str = _option(
+        "constant",
+        "clipping thresholds before the first step: the variant's, or the source's with --init; or of least squared "
+        "error on a training batch",
+        choices=THRESHOLD_INITS,
+    )
     label_smoothing: float = _option(0.0, "of the cross entropy (Szegedy 2016)", low=0, high=0.999)
 
     init: str | None = _option(

@@ -38,6 +38,7 @@ from apot_fat.data import (
 from apot_fat.models import create_model
 from apot_fat.quant.diagnosis import odd_layers
 from apot_fat.quant.layers import clipping_table, keep_thresholds_positive, quant_layers
+from apot_fat.quant.thresholds import initialize_thresholds
 from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device
@@ -53,7 +54,7 @@ from apot_fat.training.distributed import (
 )
 from apot_fat.training.environment import environment
 from apot_fat.training.interruption import InterruptedRunError, SignalWatch
-from apot_fat.training.loop import Meter, Position, Result, evaluate, train_epoch
+from apot_fat.training.loop import Meter, Position, Result, autocast, evaluate, train_epoch
 from apot_fat.training.objective import Objective
 from apot_fat.training.optim import make_optimizer, make_schedule
 
@@ -153,7 +154,9 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
         )
         if processes.is_distributed:
             log.info("%d processes, %d images a step", processes.world, config.batch_size)
-        trained_model = wrap(network, processes, device)
+        if state is None:
+            set_initial_thresholds(model, config, train_batches, device)
+        trained_model = wrap(network, processes, device)  # every process takes the first one's parameters
         say = log.info if processes.is_first else None
         warned: set[str] = set()
         for epoch in range(len(history), config.epochs):
@@ -390,6 +393,15 @@ def load_initial_weights(model: nn.Module, config: TrainConfig) -> None:
         return
     source = torchvision_weights(config.arch) if config.init == TORCHVISION else str(config.init)
     load_weights(model, source, other_bits=True)
+
+
+def set_initial_thresholds(model: nn.Module, config: TrainConfig, batches: Batches, device: torch.device) -> None:
+    """Set the thresholds as ``config.threshold_init`` says, on the first training batch of this process."""
+    if config.threshold_init == "constant" or not any(True for _ in quant_layers(model)):
+        return
+    batches.set_epoch(0)
+    with autocast(device, config.amp):
+        initialize_thresholds(model, next(iter(batches)).x, config.threshold_init)
 
 
 def best_index(history: list[dict[str, Any]]) -> int:
