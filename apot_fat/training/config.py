@@ -16,6 +16,7 @@ LOADERS = ("auto", "memory", "stream")
 AUGMENTS = ("auto", *CROPS)
 LR_UNITS = ("epochs", "steps")
 SCHEDULES = ("step", "cosine", "onecycle")
+FP32_TEACHER = "fp32"
 THRESHOLD_INITS = ("constant", "mse")
 AMP_TYPES = ("off", "bf16", "fp16")
 COMPILE_MODES = ("auto", "off", "quantizers", "model")
@@ -89,6 +90,13 @@ class TrainConfig:
         choices=THRESHOLD_INITS,
     )
     label_smoothing: float = _option(0.0, "of the cross entropy (Szegedy 2016)", low=0, high=0.999)
+    teacher: str | None = _option(
+        None, "checkpoint to distil from; `torchvision`: its fp32 weights; `fp32`: the 32-bit run of the same --output"
+    )
+    distill_weight: float = _option(
+        0.0, "w of the loss (1 - w) CE + w T^2 KL(teacher || network) (Hinton 2015, Apprentice 2018)", low=0, high=1
+    )
+    distill_temperature: float = _option(4.0, "T of the distillation", above=0, high=1000)
 
     init: str | None = _option(
         None, "checkpoint to start from, of any bit-width; `torchvision`: its fp32 weights; `none`", "--pretrained"
@@ -120,6 +128,8 @@ class TrainConfig:
         elif self.preset not in PRESETS:
             hint = nearest(self.preset, PRESETS)
             raise ValueError(f"preset {self.preset!r}{hint}: choose one of {', '.join(PRESETS)}")
+        if self.distill_weight and self.teacher is None:
+            raise ValueError(f"distill_weight {self.distill_weight}: name the network to distil from with --teacher")
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None and len(value) != 3:

@@ -57,6 +57,7 @@ from apot_fat.training.interruption import InterruptedRunError, SignalWatch
 from apot_fat.training.loop import Meter, Position, Result, autocast, evaluate, train_epoch
 from apot_fat.training.objective import Objective
 from apot_fat.training.optim import make_optimizer, make_schedule
+from apot_fat.training.teacher import load_teacher, teacher_path
 
 LAST, BEST, METRICS, CONFIG = "checkpoint.pth.tar", "model_best.pth.tar", "metrics.jsonl", "config.toml"
 _FREE_TO_CHANGE = {"output", "device", "gpu", "print_freq", "histogram_every", "test_batch_size", "data_root"}
@@ -135,7 +136,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, len(train_batches))
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    objective = Objective(label_smoothing=config.label_smoothing)
+    objective = make_objective(config, len(dataset.classes), device)
     trackers = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     if not len(train_batches):
         raise ValueError(f"{dataset.name}: {len(dataset.train)} training images do not fill one batch")
@@ -393,6 +394,23 @@ def load_initial_weights(model: nn.Module, config: TrainConfig) -> None:
         return
     source = torchvision_weights(config.arch) if config.init == TORCHVISION else str(config.init)
     load_weights(model, source, other_bits=True)
+
+
+def make_objective(config: TrainConfig, num_classes: int, device: torch.device) -> Objective:
+    """The loss a config asks for.
+
+    Raises:
+        ValueError: a teacher that is not there or does not fit.
+    """
+    teacher = None
+    if config.distill_weight:
+        teacher = load_teacher(config, teacher_path(config, BEST), num_classes, device)
+    return Objective(
+        label_smoothing=config.label_smoothing,
+        teacher=teacher,
+        distill_weight=config.distill_weight,
+        distill_temperature=config.distill_temperature,
+    )
 
 
 def set_initial_thresholds(model: nn.Module, config: TrainConfig, batches: Batches, device: torch.device) -> None:

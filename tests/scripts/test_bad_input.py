@@ -24,7 +24,7 @@ from apot_fat.training.config import field_type
 
 Run = Callable[..., tuple[int, str, str]]
 
-FREE_TEXT = {"arch", "preset", "data", "test_data", "data_root", "init", "device", "gpu", "output"}
+FREE_TEXT = {"arch", "preset", "data", "test_data", "data_root", "init", "device", "gpu", "output", "teacher"}
 
 
 def bad_values(option: Any) -> Iterator[Any]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from apot_fat.data import Batch
-from apot_fat.training.objective import Objective, cross_entropy
+from apot_fat.training.objective import Objective, cross_entropy, distillation
 
 
 def batch(**values: torch.Tensor) -> Batch:
@@ -23,3 +23,26 @@ def test_label_smoothing_moves_the_targets() -> None:
     torch.testing.assert_close(loss, expected)
     assert logits is x
     assert cross_entropy(x, given) == pytest.approx(-x.log_softmax(1)[torch.arange(4), labels].mean().item())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_distillation_is_hintons(temperature: float) -> None:
+    student, teacher = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.randn(5, 3).double()
+    loss = distillation(student, teacher, temperature)
+    p, q = (teacher / temperature).softmax(1), (student / temperature).softmax(1)
+    torch.testing.assert_close(loss, temperature**2 * (p * (p / q).log()).sum(1).mean())
+    (grad,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(grad, temperature * (q - p).detach() / 5)
+    assert distillation(teacher, teacher, temperature).item() == pytest.approx(0, abs=1e-12)
+    # at high temperature it matches logits (Hinton 2015, section 2.1)
+    flat = distillation(student.detach(), teacher, 1e4)
+    centered = (student.detach() - student.detach().mean(1, keepdim=True)) - (teacher - teacher.mean(1, keepdim=True))
+    assert flat.item() == pytest.approx((centered.square().sum(1).mean() / (2 * 3)).item(), rel=1e-3)
+
+
+def test_the_teacher_is_weighed_against_the_labels() -> None:
+    given = batch()
+    teacher = nn.Linear(3, 3).requires_grad_(False)
+    objective = Objective(teacher=teacher, distill_weight=0.3, distill_temperature=2.0)
+    expected = 0.7 * cross_entropy(given.x, given) + 0.3 * distillation(given.x, teacher(given.x), 2.0)
+    torch.testing.assert_close(objective(nn.Identity(), given)[0], expected)
