@@ -97,6 +97,15 @@ class TrainConfig:
         0.0, "w of the loss (1 - w) CE + w T^2 KL(teacher || network) (Hinton 2015, Apprentice 2018)", low=0, high=1
     )
     distill_temperature: float = _option(4.0, "T of the distillation", above=0, high=1000)
+    ema_decay: float = _option(
+        0.0,
+        "test and keep an exponential moving average of the weights: its decay a step, 0 for none (Polyak 1992)",
+        low=0,
+        high=0.99999,
+    )
+    bn_batches: int = _option(
+        50, "training batches whose statistics the average's batch norm takes before it is tested", low=1
+    )
 
     init: str | None = _option(
         None, "checkpoint to start from, of any bit-width; `torchvision`: its fp32 weights; `none`", "--pretrained"

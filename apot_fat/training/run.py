@@ -39,6 +39,7 @@ from apot_fat.models import create_model
 from apot_fat.quant.diagnosis import odd_layers
 from apot_fat.quant.layers import clipping_table, keep_thresholds_positive, quant_layers
 from apot_fat.quant.thresholds import initialize_thresholds
+from apot_fat.training.averaging import WeightAverage
 from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device
@@ -137,7 +138,10 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
     schedule = make_schedule(optimizer, config, len(train_batches))
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     objective = make_objective(config, len(dataset.classes), device)
-    trackers = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    average = WeightAverage(model, config.ema_decay, optimizer) if config.ema_decay else None
+    tested_model = average.model if average else model
+    tested_network = compile_network(tested_model, config.compile, device) if average else network
+    trackers = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler, "average": average}
     if not len(train_batches):
         raise ValueError(f"{dataset.name}: {len(dataset.train)} training images do not fill one batch")
 
@@ -180,16 +184,19 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
             )
             position = None
             keep_thresholds_positive(model)
+            if average is not None:
+                with autocast(device, config.amp):
+                    average.estimate_batch_norm(train_batches, config.bn_batches)
             options: dict[str, Any] = {"amp": config.amp, "after_batch": saver.after_test_batch}
-            tested = evaluate(network, test_batches, log=say, print_freq=config.print_freq, **options)
-            held_out = None if val_batches is None else evaluate(network, val_batches, **options)
+            tested = evaluate(tested_network, test_batches, log=say, print_freq=config.print_freq, **options)
+            held_out = None if val_batches is None else evaluate(tested_network, val_batches, **options)
             log.info(" * Prec %.3f%%", tested.top1)
             if saver.test_batch is not None:
-                news = [sentence for sentence in odd_layers(model, saver.test_batch) if sentence not in warned]
+                news = [sentence for sentence in odd_layers(tested_model, saver.test_batch) if sentence not in warned]
                 warned.update(news)
                 for sentence in news:
                     log.warning("epoch %d: %s", epoch, sentence)
-            history.append(_metrics(epoch, optimizer, model, trained, tested, held_out))
+            history.append(_metrics(epoch, optimizer, tested_model, trained, tested, held_out))
             records.save(trackers, history)
             saver.stop_if_asked(saved=True)
     return _summary(folder, config, history)
@@ -266,7 +273,7 @@ class _Records:
         if self.board is not None:
             row, best = history[-1], best_index(history)
             log.info("best acc: %f", history[best][_selection_key(history)])
-            _write_board(self.board, row, trackers["model"], self.config, row["epoch"] - 1)
+            _write_board(self.board, row, _tested(trackers), self.config, row["epoch"] - 1)
             checkpoint = _checkpoint(self.config, trackers, history, rng)
             if best == len(history) - 1:
                 write_checkpoint(checkpoint, self.folder / BEST)
@@ -468,7 +475,10 @@ def _resume_state(folder: Path, config: TrainConfig, resume: str | None) -> dict
 def _restore(
     state: dict[str, Any], trackers: dict[str, Any], processes: Processes
 ) -> tuple[list[dict[str, Any]], Position | None]:
-    load_weights(trackers["model"], state)
+    average = trackers["average"]
+    if average is not None:
+        average.load_state_dict(state["state_dict"], state["average"]["steps"])
+    load_weights(trackers["model"], state if average is None else state["average"]["trained"])
     now = environment(next(trackers["model"].parameters()).device)
     before = state.get("environment", {})
     if changed := [f"{name} {old} (now {now.get(name)})" for name, old in before.items() if now.get(name) != old]:
@@ -501,17 +511,24 @@ def _rng_state() -> dict[str, torch.Tensor]:
 def _checkpoint(
     config: TrainConfig, trackers: dict[str, Any], history: list[dict[str, Any]], rng: list[dict[str, torch.Tensor]]
 ) -> dict[str, Any]:
+    average = trackers["average"]
     return {
         "arch": config.arch,
         "epoch": len(history),
         "best_prec": history[best_index(history)]["test_top1"] if history else None,
-        "state_dict": trackers["model"].state_dict(),
+        "state_dict": _tested(trackers).state_dict(),
+        **({"average": {"trained": trackers["model"].state_dict(), "steps": average.steps}} if average else {}),
         **{name: trackers[name].state_dict() for name in ("optimizer", "schedule", "scaler")},
         "rng": rng,
         "environment": environment(next(trackers["model"].parameters()).device),
         "config": config.to_dict(),
         "history": history,
     }
+
+
+def _tested(trackers: dict[str, Any]) -> nn.Module:
+    model: nn.Module = trackers["average"].model if trackers["average"] else trackers["model"]
+    return model
 
 
 def _metrics(

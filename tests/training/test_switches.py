@@ -12,7 +12,8 @@ from apot_fat.checkpoint import read_checkpoint, write_checkpoint
 from apot_fat.models import create_model
 from apot_fat.quant.layers import quant_layers
 from apot_fat.quant.thresholds import initialize_thresholds
-from apot_fat.training import TrainConfig, train
+from apot_fat.training import TrainConfig, evaluate, train
+from apot_fat.training.averaging import WeightAverage
 from apot_fat.training.run import BEST, LAST, load_config_dataset, make_batches, make_objective
 from apot_fat.training.teacher import load_teacher
 
@@ -82,3 +83,45 @@ def test_the_teacher_is_the_network_its_checkpoint_says(make: Any, tmp_path: Pat
     torch.testing.assert_close(plain(x), model(x))
     with pytest.raises(ValueError, match="has 3 outputs, the data 10 classes"):
         load_teacher(student, str(bare), 10, CPU)
+
+
+def test_the_average_is_what_is_tested_and_kept(make: Any) -> None:
+    config = make(ema_decay=0.5, bn_batches=2, epochs=1, val_split=0.25)
+    plain = read_checkpoint(train(make(epochs=1, val_split=0.25, output=config.output + "2")).folder / LAST)
+    last = read_checkpoint(train(config).folder / LAST)
+    best = read_checkpoint(Path(config.output) / config.run_name / BEST)
+    averaged, trained = last["state_dict"], last["average"]["trained"]
+    assert last["average"]["steps"] == 3
+    assert all(torch.equal(trained[name], value) for name, value in plain["state_dict"].items())  # averaging only looks
+    assert all(torch.equal(best["state_dict"][name], value) for name, value in averaged.items())
+    changed = [name for name in averaged if not torch.equal(averaged[name], trained[name])]
+    assert "layer1.0.conv1.weight_alpha" in changed
+    assert "layer1.0.conv1.weight" in changed
+    assert last["history"][0]["layers"]["layer1.0.conv1"]["act_alpha"] == averaged["layer1.0.conv1.act_alpha"].item()
+    # the tested accuracy is that of the average
+    model = create_model("resnet20", bits=4, num_classes=3)
+    model.load_state_dict(averaged)
+    dataset = load_config_dataset(config)
+    assert evaluate(model, make_batches(config, dataset.test, CPU)).loss == last["history"][0]["test_loss"]
+    # and its batch norm that of the averaged network over the first two training batches
+    batches = make_batches(config, dataset.train, CPU, training=True)  # type: ignore[arg-type]
+    seen: list[torch.Tensor] = []
+    handle = model.conv1.register_forward_hook(lambda module, x, y: seen.append(y.detach()))  # type: ignore[union-attr,arg-type]
+    for batch in list(batches)[:2]:
+        model(batch.x)
+    handle.remove()
+    mean = torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)
+    torch.testing.assert_close(averaged["bn1.running_mean"], mean)
+
+
+def test_the_average_follows_by_its_decay() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    average = WeightAverage(model, 0.9, optimizer)
+    expected = None
+    for _ in range(4):
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+        now = model.weight.item()
+        expected = now if expected is None else 0.9 * expected + 0.1 * now
+        assert average.state_dict()["weight"].item() == pytest.approx(expected)

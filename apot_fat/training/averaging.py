@@ -1,0 +1,81 @@
+"""An exponential moving average of the weights, which is what is tested and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+from apot_fat.checkpoint import load_weights
+from apot_fat.data import Batches
+from apot_fat.training.distributed import sum_over_processes
+
+
+class WeightAverage:
+    """A copy of a network whose parameters follow its own, thresholds and FAT's matrices included.
+
+    Equation: after the first optimiser step w̄ = w, after each further w̄ ← d · w̄ + (1 − d) · w. Quantized are the
+    averages, not averaged the quantized. The averages have activations of other statistics than any of the networks
+    they come from: ``estimate_batch_norm`` takes those of the averaged network itself.
+
+    Args:
+        model: the network, on its device and without wrappers.
+        decay: d, (0, 1); the average reaches back about 1 / (1 − d) steps.
+        optimizer: after each of its steps the average is updated; steps that are left out do not count.
+
+    Paper: Polyak, Juditsky, 1992; batch norm as in Izmailov et al., "Averaging Weights Leads to Wider Optima", 2018.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, optimizer: torch.optim.Optimizer) -> None:
+        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.averaged.requires_grad_(False)
+        optimizer.register_step_post_hook(lambda *_: self.averaged.update_parameters(model))
+
+    @property
+    def model(self) -> nn.Module:
+        """The averaged network."""
+        network = self.averaged.module
+        assert isinstance(network, nn.Module)
+        return network
+
+    def estimate_batch_norm(self, batches: Batches, count: int) -> None:
+        """Replace the averaged network's batch statistics by their mean over training batches.
+
+        Args:
+            batches: of the epoch chosen on them; each process takes its first ``count``, and all end with the mean.
+            count: batches, ≥ 1.
+
+        The random numbers of the run (dropout's) are left as they were.
+        """
+        devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
+        with torch.random.fork_rng(devices):
+            update_bn(islice(batches, count), self.model)
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                assert module.running_var is not None
+                for statistics in (module.running_mean, module.running_var):
+                    statistics.copy_(_mean_over_processes(statistics))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average's weights, under the network's own names."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
+        """Go on from an average of so many steps."""
+        load_weights(self.model, state)
+        self.averaged.n_averaged.fill_(steps)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps averaged so far."""
+        return int(self.averaged.n_averaged)
+
+
+def _mean_over_processes(values: Tensor) -> Tensor:
+    if not torch.distributed.is_initialized():
+        return values
+    return sum_over_processes(values.clone()) / torch.distributed.get_world_size()
