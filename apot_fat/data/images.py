@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apot_fat.data.mixing import Mixing, cut_out, mixup
 from apot_fat.data.sharding import Batch, EpochPlan, PlannedBatches, Sharding, epoch_generator
 
 
@@ -145,6 +146,10 @@ class ImageBatches(PlannedBatches):
         seed: with the epoch's number it determines order and augmentation, whatever happened before.
         channels_last: memory format of the batches.
         sharding: this process's part.
+        mixing: mixup, each image with the next of its step, and cutout; one by one they are augmented before.
+
+    Raises:
+        ValueError: a cutout larger than the images.
     """
 
     def __init__(
@@ -160,7 +165,10 @@ class ImageBatches(PlannedBatches):
         seed: int = 0,
         channels_last: bool = True,
         sharding: Sharding = Sharding(),  # noqa: B008 (frozen)
+        mixing: Mixing = Mixing(),  # noqa: B008 (frozen)
     ) -> None:
+        if mixing.cutout > min(images.size):
+            raise ValueError(f"cutout {mixing.cutout}: larger than the images, {images.size} pixels")
         self.images_NHWC = images.images_NHWC.to(device)
         self.labels_N = images.labels_N.to(device)
         self.plan = EpochPlan(len(images), batch_size, training, sharding)
@@ -169,6 +177,7 @@ class ImageBatches(PlannedBatches):
         self.augmentation = augmentation
         self.seed = seed
         self.channels_last = channels_last
+        self.mixing = mixing
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -183,13 +192,31 @@ class ImageBatches(PlannedBatches):
         if self.augmentation is not None:
             offsets_N2 = torch.randint(0, 2 * self.augmentation.padding + 1, (count, 2), generator=generator).to(device)
             flips_N = torch.rand(count, generator=generator).to(device) < (0.5 if self.augmentation.flip else 0.0)
+        draws, partners_N = self.mixing.draw(count, generator), self.plan.partners().to(device)
+        centers_N2 = None if draws.centers_N2 is None else draws.centers_N2.to(device)
         order_N = order_N.to(device)
-        for part, share, ends_step in self.plan.slices():
-            images_BHWC = self.images_NHWC[order_N[part]]
+
+        def images_at(positions: slice | Tensor) -> tuple[Tensor, Tensor]:
+            indices = order_N[positions]
+            images_BHWC = self.images_NHWC[indices]
             if self.augmentation is not None and offsets_N2 is not None and flips_N is not None:
-                images_BHWC = crop_and_flip(images_BHWC, self.augmentation.padding, offsets_N2[part], flips_N[part])
-            x = normalize(images_BHWC, self.mean, self.std).permute(0, 3, 1, 2)
-            yield Batch(x if self.channels_last else x.contiguous(), self.labels_N[order_N[part]], share, ends_step)
+                offsets, flips = offsets_N2[positions], flips_N[positions]
+                images_BHWC = crop_and_flip(images_BHWC, self.augmentation.padding, offsets, flips)
+            x = normalize(images_BHWC, self.mean, self.std)
+            if centers_N2 is not None:
+                x = cut_out(x, self.mixing.cutout, centers_N2[positions])
+            return x, self.labels_N[indices]
+
+        for part, share, ends_step in self.plan.slices():
+            x, labels = images_at(part)
+            others = own_share = None
+            if draws.shares_N is not None:
+                own_share = draws.shares_N[part].to(device)
+                other_x, others = images_at(partners_N[part])
+                x = mixup(x, other_x, own_share)
+            x = x.permute(0, 3, 1, 2)
+            x = x if self.channels_last else x.contiguous()
+            yield Batch(x, labels, share, ends_step, others, own_share)
 
 
 def normalize(images_BHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:

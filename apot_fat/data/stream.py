@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 
 from apot_fat.data.decoding import read_image
 from apot_fat.data.images import FileSet, normalize
+from apot_fat.data.mixing import Mixing, cut_out, mixup
 from apot_fat.data.sharding import Batch, EpochPlan, PlannedBatches, Sharding, epoch_generator, mix_seed
 
 CROPS = ("resize-crop", "random-resized-crop")
@@ -39,6 +40,10 @@ class FileBatches(PlannedBatches):
         sharding: this process's part.
         workers: decoding processes; 0 decodes here.
         on_damaged: ``error`` stops at an unreadable image, ``skip`` leaves it out and counts it.
+        mixing: mixup, each image with the next of its batch in this process, and cutout.
+
+    Raises:
+        ValueError: a cutout larger than the images.
     """
 
     def __init__(
@@ -57,7 +62,11 @@ class FileBatches(PlannedBatches):
         sharding: Sharding = Sharding(),  # noqa: B008 (frozen)
         workers: int = 2,
         on_damaged: str = "error",
+        mixing: Mixing = Mixing(),  # noqa: B008 (frozen)
     ) -> None:
+        if mixing.cutout > image_size:
+            raise ValueError(f"cutout {mixing.cutout}: larger than the images, {image_size} pixels")
+        self.mixing = mixing
         self.plan = EpochPlan(len(files), batch_size, training, sharding)
         self.device = device
         self.mean = torch.tensor(mean, device=device)
@@ -83,16 +92,28 @@ class FileBatches(PlannedBatches):
         self.sampler.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        for (images_BCHW, labels, damaged), (_, share, ends_step) in zip(self.loader, self.plan.slices(), strict=True):
+        generator = epoch_generator(self.sampler.seed, self.sampler.epoch)
+        self.plan.order(generator)  # the sampler's: the numbers below follow it
+        draws = self.mixing.draw(self.num_images, generator)
+        for (images_BCHW, labels, damaged), (part, share, ends_step) in zip(
+            self.loader, self.plan.slices(), strict=True
+        ):
             for path in damaged:
                 self._report(path)
             if not len(labels):
                 raise ValueError(f"{damaged[0]}: a whole batch of unreadable images; mend the data set")
             images_BHWC = images_BCHW.to(self.device, non_blocking=True).permute(0, 2, 3, 1)
-            x = normalize(images_BHWC, self.mean, self.std).permute(0, 3, 1, 2)
-            memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+            x = normalize(images_BHWC, self.mean, self.std)
             labels = labels.to(self.device, non_blocking=True)
-            yield Batch(x.contiguous(memory_format=memory_format), labels, share, ends_step)
+            others = own_share = None
+            if draws.centers_N2 is not None:
+                x = cut_out(x, self.mixing.cutout, draws.centers_N2[part][: len(labels)].to(self.device))
+            if draws.shares_N is not None:
+                own_share = draws.shares_N[part][: len(labels)].to(self.device)
+                x, others = mixup(x, x.roll(-1, 0), own_share), labels.roll(-1)
+            memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+            x = x.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+            yield Batch(x, labels, share, ends_step, others, own_share)
 
     def _report(self, path: Path) -> None:
         if self.on_damaged == "error":

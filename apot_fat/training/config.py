@@ -90,6 +90,9 @@ class TrainConfig:
         choices=THRESHOLD_INITS,
     )
     label_smoothing: float = _option(0.0, "of the cross entropy (Szegedy 2016)", low=0, high=0.999)
+    mixup: float = _option(0.0, "alpha of mixup's Beta distribution, 0 for none (Zhang 2018)", low=0, high=100)
+    cutout: int = _option(0, "side of a square cut out of training images, pixels (DeVries 2017)", low=0, high=1024)
+
     teacher: str | None = _option(
         None, "checkpoint to distil from; `torchvision`: its fp32 weights; `fp32`: the 32-bit run of the same --output"
     )

@@ -47,21 +47,28 @@ class Objective:
 
 
 def cross_entropy(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor:
-    """Mean cross entropy of a batch with smoothed labels.
+    """Mean cross entropy of a batch with smoothed, and with mixup mixed, labels.
 
-    Equation: −Σ_k t_k log p_k with t_k = (1 − ε) 1[k = y] + ε / K of K classes.
+    Equation: −Σ_k t_k log p_k with t_k = (1 − ε) 1[k = y] + ε / K of K classes; of an image mixed from two
+    λ CE(y) + (1 − λ) CE(y').
 
     Args:
         logits: (B, K).
-        batch: its labels.
+        batch: labels, and with mixup the other labels and λ.
         smoothing: ε, [0, 1).
 
     Returns:
         The loss, 0-d, nats.
 
-    Paper: Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016, section 7.
+    Paper: Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016, section 7; mixup, Zhang et al., 2018.
     """
-    return F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
+    if batch.other_labels is None or batch.own_share is None:
+        return F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
+    own, other = (
+        F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+        for labels in (batch.labels, batch.other_labels)
+    )
+    return other.lerp(own, batch.own_share.to(own.dtype)).mean()
 
 
 def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -32,6 +32,7 @@ from apot_fat.data import (
     FileSet,
     ImageBatches,
     ImageSet,
+    Mixing,
     Sharding,
     load_dataset,
 )
@@ -186,7 +187,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
             keep_thresholds_positive(model)
             if average is not None:
                 with autocast(device, config.amp):
-                    average.estimate_batch_norm(train_batches, config.bn_batches)
+                    average.estimate_batch_norm(train_batches.unmixed(), config.bn_batches)
             options: dict[str, Any] = {"amp": config.amp, "after_batch": saver.after_test_batch}
             tested = evaluate(tested_network, test_batches, log=say, print_freq=config.print_freq, **options)
             held_out = None if val_batches is None else evaluate(tested_network, val_batches, **options)
@@ -381,6 +382,7 @@ def make_batches(
         "seed": config.seed,
         "channels_last": config.channels_last,
         "sharding": sharding,
+        "mixing": Mixing(config.mixup, config.cutout) if training else Mixing(),
     }
     if isinstance(images, ImageSet):
         augmentation = Augmentation(config.crop_padding, config.flip) if training else None
@@ -426,7 +428,7 @@ def set_initial_thresholds(model: nn.Module, config: TrainConfig, batches: Batch
         return
     batches.set_epoch(0)
     with autocast(device, config.amp):
-        initialize_thresholds(model, next(iter(batches)).x, config.threshold_init)
+        initialize_thresholds(model, next(iter(batches.unmixed())).x, config.threshold_init)
 
 
 def best_index(history: list[dict[str, Any]]) -> int:

@@ -22,6 +22,9 @@ class Batches:
     def set_epoch(self, epoch: int) -> None:
         pass
 
+    def unmixed(self) -> Batches:
+        return self
+
     def __iter__(self) -> Iterator[Batch]:
         for i in range(10):
             generator = torch.Generator().manual_seed(i)

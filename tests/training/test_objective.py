@@ -46,3 +46,11 @@ def test_the_teacher_is_weighed_against_the_labels() -> None:
     objective = Objective(teacher=teacher, distill_weight=0.3, distill_temperature=2.0)
     expected = 0.7 * cross_entropy(given.x, given) + 0.3 * distillation(given.x, teacher(given.x), 2.0)
     torch.testing.assert_close(objective(nn.Identity(), given)[0], expected)
+
+
+def test_mixed_images_have_mixed_targets() -> None:
+    own_share, others = torch.tensor([0.0, 0.25, 1.0, 0.5]), torch.tensor([1, 1, 0, 2])
+    given = batch(other_labels=others, own_share=own_share)
+    mixed = own_share[:, None] * targets(given.labels, 0.1) + (1 - own_share[:, None]) * targets(others, 0.1)
+    expected = -(mixed * given.x.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(cross_entropy(given.x, given, 0.1), expected)

@@ -106,7 +106,7 @@ def test_the_average_is_what_is_tested_and_kept(make: Any) -> None:
     # and its batch norm that of the averaged network over the first two training batches
     batches = make_batches(config, dataset.train, CPU, training=True)  # type: ignore[arg-type]
     seen: list[torch.Tensor] = []
-    handle = model.conv1.register_forward_hook(lambda module, x, y: seen.append(y.detach()))  # type: ignore[union-attr,arg-type]
+    handle = model.conv1.register_forward_hook(lambda module, x, y: seen.append(y.detach()))  # type: ignore[union-attr]
     for batch in list(batches)[:2]:
         model(batch.x)
     handle.remove()
