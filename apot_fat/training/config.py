@@ -109,6 +109,12 @@ class TrainConfig:
     bn_batches: int = _option(
         50, "training batches whose statistics the average's batch norm takes before it is tested", low=1
     )
+    dampening: float = _option(
+        0.0, "weight of the loss that draws weights to their levels (Nagel 2022, Overcoming Oscillations)", low=0
+    )
+    freeze_weights_from: float = _option(
+        1.0, "part of the run after which quantized weights rest, 1 for never (after Nagel 2022)", low=0, high=1
+    )
 
     init: str | None = _option(
         None, "checkpoint to start from, of any bit-width; `torchvision`: its fp32 weights; `none`", "--pretrained"

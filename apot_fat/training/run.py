@@ -58,7 +58,7 @@ from apot_fat.training.environment import environment
 from apot_fat.training.interruption import InterruptedRunError, SignalWatch
 from apot_fat.training.loop import Meter, Position, Result, autocast, evaluate, train_epoch
 from apot_fat.training.objective import Objective
-from apot_fat.training.optim import make_optimizer, make_schedule
+from apot_fat.training.optim import freeze_late, make_optimizer, make_schedule
 from apot_fat.training.teacher import load_teacher, teacher_path
 
 LAST, BEST, METRICS, CONFIG = "checkpoint.pth.tar", "model_best.pth.tar", "metrics.jsonl", "config.toml"
@@ -137,6 +137,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
     val_batches = None if dataset.val is None else make_batches(config, dataset.val, device, sharding)
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, len(train_batches))
+    freeze_late(model, optimizer, schedule, config, len(train_batches))
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     objective = make_objective(config, len(dataset.classes), device)
     average = WeightAverage(model, config.ema_decay, optimizer) if config.ema_decay else None
@@ -419,6 +420,7 @@ def make_objective(config: TrainConfig, num_classes: int, device: torch.device) 
         teacher=teacher,
         distill_weight=config.distill_weight,
         distill_temperature=config.distill_temperature,
+        dampening=config.dampening,
     )
 
 
@@ -466,10 +468,11 @@ def _resume_state(folder: Path, config: TrainConfig, resume: str | None) -> dict
                 f"checkpoint {path}: was run with {name} = {before.get(name)!r}, not {now.get(name)!r}; "
                 "give that value, or name another --output"
             )
-    if before.get("epochs") != now.get("epochs") and config.schedule != "step":
+    if before.get("epochs") != now.get("epochs") and (config.schedule != "step" or config.freeze_weights_from < 1):
+        what = f"{config.schedule} schedule" if config.schedule != "step" else "freeze_weights_from"
         raise ValueError(
-            f"checkpoint {path}: was run with epochs = {before['epochs']}, which its {config.schedule} schedule "
-            f"depends on, not {config.epochs}"
+            f"checkpoint {path}: was run with epochs = {before['epochs']}, which its {what} depends on, "
+            f"not {config.epochs}"
         )
     return content
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from apot_fat.data import Batch
-from apot_fat.training.objective import Objective, cross_entropy, distillation
+from apot_fat.quant import QuantConv2d, preset
+from apot_fat.training.objective import Objective, cross_entropy, distance_to_levels, distillation
 
 
 def batch(**values: torch.Tensor) -> Batch:
@@ -54,3 +55,23 @@ def test_mixed_images_have_mixed_targets() -> None:
     mixed = own_share[:, None] * targets(given.labels, 0.1) + (1 - own_share[:, None]) * targets(others, 0.1)
     expected = -(mixed * given.x.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(cross_entropy(given.x, given, 0.1), expected)
+
+
+@pytest.mark.parametrize(("preset_name", "bits"), [("apot-cifar", 4), ("apot-cifar", 2), ("fat-cifar", 3)])
+def test_dampening_draws_weights_to_their_levels(preset_name: str, bits: int) -> None:
+    layer = QuantConv2d(3, 4, 3, spec=preset(preset_name, bits=bits, weight_alpha=1.4))
+    model = nn.Sequential(layer, nn.BatchNorm2d(4), nn.Linear(2, 2))
+    w = layer.transformed_weight().detach()
+    levels = torch.tensor(layer.spec.weight_set.levels)
+    nearest = 1.4 * torch.cat([-levels, levels])
+    expected = (w.clamp(-1.4, 1.4)[..., None] - nearest).square().amin(-1).sum()
+    distance = distance_to_levels(model)
+    torch.testing.assert_close(distance, expected)
+    if layer.transform is None:  # its gradient: 2 (ŵ − q) / std within the threshold, 0 outside
+        (grad,) = torch.autograd.grad(distance, layer.weight)
+        error = torch.where(w.abs() <= 1.4, w - layer.quantized_weight().detach(), 0)
+        torch.testing.assert_close(grad, 2 * error / layer.weight.detach().std(), rtol=1e-4, atol=1e-5)
+    distance_to_levels(model).backward()
+    assert layer.weight_alpha is not None
+    assert layer.weight_alpha.grad is None
+    assert distance_to_levels(nn.Linear(2, 2)) == 0
