@@ -63,7 +63,7 @@ def freeze_late(
     Quantized layers' weights and FAT's matrices are then left out of every step: neither gradient nor decay nor
     momentum moves them. Thresholds, batch norm and the first and last layers go on.
 
-    Paper: after Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, section 4.3, which
+    Paper: after Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, which
     freezes each weight when it oscillates; here all at once.
     """
     if config.freeze_weights_from == 1:

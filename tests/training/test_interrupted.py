@@ -17,7 +17,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from apot_fat.checkpoint import before, read_checkpoint
+from apot_fat.checkpoint import before, read_checkpoint, write_checkpoint
+from apot_fat.models import create_model
 from apot_fat.training import TrainConfig, train
 from apot_fat.training import loop as training_loop
 from apot_fat.training.interruption import InterruptedRunError
@@ -85,14 +86,32 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert len((tmp_path / "whole" / whole.run_name / METRICS).read_text().splitlines()) == whole.epochs
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("arch", ["resnet20", "resnet_20"])
+ALL_SWITCHES: dict[str, Any] = {"threshold_init": "mse", "distill_weight": 0.5, "distill_temperature": 2.0}
+ALL_SWITCHES |= {"label_smoothing": 0.1, "mixup": 0.4, "cutout": 3, "dampening": 1e-4, "freeze_weights_from": 0.75}
+ALL_SWITCHES |= {"ema_decay": 0.8, "bn_batches": 2, "schedule": "cosine", "warmup": 0.5, "accumulate": 2}
+SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("number", "arch", "options"),
+    [(number, arch, {}) for number in (SIGINT, SIGTERM) for arch in ("resnet20", "resnet_20")]
+    + [(SIGINT, "resnet_20", ALL_SWITCHES)],
+)
 def test_a_signal_ends_a_run_after_its_step(
-    number: signal.Signals, arch: str, tiny_npz: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals,
+    arch: str,
+    options: dict[str, Any],
+    tiny_npz: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = config(tiny_npz, tmp_path / "whole", arch=arch)
+    if options:
+        teacher = tmp_path / "teacher.pth"
+        write_checkpoint({"state_dict": create_model(arch, bits=32, num_classes=3).state_dict()}, teacher)
+        options = {**options, "teacher": str(teacher)}
+    whole = config(tiny_npz, tmp_path / "whole", arch=arch, **options)
     train(whole)
-    parts = config(tiny_npz, tmp_path / "parts", arch=arch)
+    parts = config(tiny_npz, tmp_path / "parts", arch=arch, **options)
     updates = 0
     update = training_loop.Meter.update
 
