@@ -83,8 +83,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> Req
     Raises:
         ValueError: a bad value or an unknown key.
     """
-    options = parser.parse_args(argv)
-    given = {key.removeprefix("config."): value for key, value in vars(options).items() if key.startswith("config.")}
+    options, given = parse_values(parser, argv)
     if options.config:
         return Request(given, {}, read_recipe(options.config), options)
     arch = given.get("arch", TrainConfig.arch)
@@ -94,6 +93,15 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> Req
     if recipe:
         log.info("recipe: %s", _relative(recipe.path))
     return Request(given, implied, recipe, options)
+
+
+def parse_values(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Parse; (the options, the config values among them)."""
+    options = parser.parse_args(argv)
+    given = {key.removeprefix("config."): value for key, value in vars(options).items() if key.startswith("config.")}
+    return options, given
 
 
 def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
@@ -42,15 +43,19 @@ class WeightAverage:
         assert isinstance(network, nn.Module)
         return network
 
-    def estimate_batch_norm(self, batches: Batches, count: int) -> None:
+    def estimate_batch_norm(self, batches: Batches, count: int) -> float:
         """Replace the averaged network's batch statistics by their mean over training batches.
 
         Args:
             batches: of the epoch chosen on them; each process takes its first ``count``, and all end with the mean.
             count: batches, ≥ 1.
 
+        Returns:
+            Seconds it took.
+
         The random numbers of the run (dropout's) are left as they were.
         """
+        start = time.perf_counter()
         devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
         with torch.random.fork_rng(devices):
             update_bn(islice(batches, count), self.model)
@@ -59,6 +64,7 @@ class WeightAverage:
                 assert module.running_var is not None
                 for statistics in (module.running_mean, module.running_var):
                     statistics.copy_(_mean_over_processes(statistics))
+        return time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average's weights, under the network's own names."""

@@ -116,8 +116,9 @@ def distance_to_levels(model: nn.Module) -> Tensor:
 
     Gradient: of ŵ where it lies within its threshold, towards its level; q and α are constants.
 
-    Paper: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, oscillation dampening; there of the
-    weight itself. A weight of standard deviation σ has errors 1/σ times as large here, so λ is smaller by σ².
+    Paper: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, oscillation dampening;
+    there of the weight itself. A weight of standard deviation σ has errors 1/σ times as large here, so λ is smaller by
+    σ².
     """
     distances = []
     for _, layer in quant_layers(model):

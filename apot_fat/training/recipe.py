@@ -13,6 +13,7 @@ from apot_fat.quant.spec import check_bits, nearest
 from apot_fat.training.config import TrainConfig
 
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
+PUBLISHED = "published"
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     Raises:
         ValueError: no such file, no TOML, an unknown key (with the nearest known one) or a bad value.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"config {path}: no such file")
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path}: not readable as text") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"config {path}: not TOML ({error})") from error
+    path, content = Path(path), read_toml(path)
     known = {option.name for option in fields(TrainConfig)} - {"bit"}
     sections = content.pop("bits", {})
     chain = content.pop("chain", [content.get("bit", 4)])
@@ -85,13 +78,33 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     return recipe
 
 
-def find_recipe(data: str, arch: str, preset: str) -> Recipe | None:
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        ValueError: no such file, no text, or no TOML.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"config {path}: no such file")
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path}: not readable as text") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"config {path}: not TOML ({error})") from error
+
+
+def find_recipe(data: str, arch: str, preset: str, name: str = PUBLISHED) -> Recipe | None:
     """The recipe under ``configs/`` for a data set, network and method, or None.
 
     Data other than ``digits`` takes the recipe of the network's own papers.
+
+    Args:
+        name: ``published``, or that of another recipe for the same: ``ours`` is in ``…_ours.toml``.
     """
     architecture = find_architecture(arch)
     folder = "digits" if data == "digits" else architecture.dataset
     method = preset.replace("-cifar", "").replace("-imagenet", "")
-    path = CONFIG_ROOT / folder / f"{architecture.name.replace('_', '')}_{method}.toml"
+    suffix = "" if name == PUBLISHED else f"_{name}"
+    path = CONFIG_ROOT / folder / f"{architecture.name.replace('_', '')}_{method}{suffix}.toml"
     return read_recipe(path) if path.is_file() else None

@@ -77,6 +77,7 @@ class RunSummary:
         arch, method, bits: what was trained.
         epochs: epochs trained.
         last, best: top-1 on the test images, %, at the last and at the best epoch (``best_epoch``, from 1).
+        last_val: top-1 on the held-out images at the last epoch, %; None without ``val_split``.
         best_on: what chose the best epoch: ``test``, as published, or ``val``.
         thresholds: every clipping threshold, or empty at 32 bits.
         seconds: training and evaluation, wall time.
@@ -88,6 +89,7 @@ class RunSummary:
     bits: int
     epochs: int
     last: float
+    last_val: float | None
     best: float
     best_epoch: int
     best_on: str
@@ -186,9 +188,10 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
             )
             position = None
             keep_thresholds_positive(model)
+            averaging_seconds = 0.0
             if average is not None:
                 with autocast(device, config.amp):
-                    average.estimate_batch_norm(train_batches.unmixed(), config.bn_batches)
+                    averaging_seconds = average.estimate_batch_norm(train_batches.unmixed(), config.bn_batches)
             options: dict[str, Any] = {"amp": config.amp, "after_batch": saver.after_test_batch}
             tested = evaluate(tested_network, test_batches, log=say, print_freq=config.print_freq, **options)
             held_out = None if val_batches is None else evaluate(tested_network, val_batches, **options)
@@ -199,6 +202,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
                 for sentence in news:
                     log.warning("epoch %d: %s", epoch, sentence)
             history.append(_metrics(epoch, optimizer, tested_model, trained, tested, held_out))
+            history[-1]["seconds"] += averaging_seconds
             records.save(trackers, history)
             saver.stop_if_asked(saved=True)
     return _summary(folder, config, history)
@@ -229,6 +233,7 @@ def _summary(folder: Path, config: TrainConfig, history: list[dict[str, Any]]) -
         bits=config.bit,
         epochs=len(history),
         last=history[-1]["test_top1"],
+        last_val=history[-1].get("val_top1"),
         best=history[best]["test_top1"],
         best_epoch=best + 1,
         best_on=_selection_key(history).removesuffix("_top1"),

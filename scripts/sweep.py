@@ -1,0 +1,97 @@
+"""Recipes × methods × bits × seeds: python scripts/sweep.py --config configs/sweeps/NAME.toml, or --table FILE.csv."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from apot_fat.command_line import make_parser, parse_values, run_main
+from apot_fat.report import draw_sweep, seeds_table, sweep_table
+from apot_fat.report.sweep import MEASURES
+from apot_fat.training.distributed import launched
+from apot_fat.training.results import ResultRow, read_results, write_results
+from apot_fat.training.run import RunSummary
+from apot_fat.training.sweep import Cell, Sweep, read_sweep, run_sweep
+
+_PARTS = {"recipe": "recipes", "method": "methods", "bits": "bits", "seed": "seeds"}
+_PART_OF = {"preset": "--methods", "bit": "--bits", "seed": "--seeds"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is not finished, then print the tables; or with ``--table`` print those of stored results."""
+    parser = make_parser(__doc__ or "")
+    parser.add_argument(
+        "sweep", nargs="?", metavar="SWEEP.toml", help="what to run; options given beside it come over it"
+    )
+    parser.add_argument("--table", metavar="FILE.csv", help="print the tables of stored results and run nothing")
+    parser.add_argument("--baseline", metavar="RECIPE", help="what gains are over (default: the sweep's, or published)")
+    parser.add_argument(
+        "--by", metavar="MEASURE", default="top1", help=f"{', '.join(MEASURES)}: what the tables show (default: top1)"
+    )
+    for name in _PARTS.values():
+        parser.add_argument(f"--{name}", metavar="A,B,…", help=f"run these {name} alone")
+    options, given = parse_values(parser, argv)
+    if options.by not in MEASURES:
+        raise ValueError(f"--by {options.by!r}: choose one of {', '.join(MEASURES)}")
+    if options.table:
+        print_tables(read_results(options.table), options.baseline or "published", options.by)
+        return
+    if not options.config:
+        raise ValueError("no sweep: name a file of configs/sweeps/ with --config, or stored results with --table")
+    for name in ("preset", "bit", "seed"):
+        if name in given:
+            raise ValueError(f"--{name} {given[name]}: the sweep has its own; run a part of it with {_PART_OF[name]}")
+    sweep = read_sweep(options.config)
+    output = Path(given.setdefault("output", str(Path("result") / sweep.path.stem)))
+    first = launched().is_first
+
+    def after_cell(cell: Cell, run: RunSummary, rows: list[ResultRow]) -> None:
+        if first:
+            held_out = "" if run.last_val is None else f", held out {run.last_val:.2f}%"
+            tqdm.write(f"{cell}: last {run.last:.2f}%{held_out}, {run.seconds:.0f} s")
+            write_results(rows, output / "results.csv")
+
+    logging.getLogger("apot_fat").setLevel(logging.WARNING)  # the runs' own lines
+    rows = run_sweep(sweep, given, wanted=chosen(sweep, options), after_cell=after_cell)
+    if not first:
+        return
+    write_results(rows, output / "results.csv")
+    baseline = options.baseline or sweep.baseline
+    print_tables(rows, baseline, options.by)
+    print(f"\nresults: {output / 'results.csv'}")
+    print(f"figure: {draw_sweep(rows, output / 'results.png', baseline, options.by)}")
+
+
+def chosen(sweep: Sweep, options: argparse.Namespace) -> Callable[[Cell], bool]:
+    """Which cells the options ask for.
+
+    Raises:
+        ValueError: one that the sweep does not have.
+    """
+    cells = sweep.cells()
+    parts = {}
+    for part, name in _PARTS.items():
+        text: str | None = getattr(options, name)
+        if text is None:
+            continue
+        known = list(dict.fromkeys(str(getattr(cell, part)) for cell in cells))
+        parts[part] = text.split(",")
+        for item in parts[part]:
+            if item not in known:
+                raise ValueError(f"--{name} {item!r}: choose of {', '.join(known)}")
+    return lambda cell: all(str(getattr(cell, part)) in wanted for part, wanted in parts.items())
+
+
+def print_tables(rows: list[ResultRow], baseline: str, measure: str) -> None:
+    """The table of recipes, then that of seeds, as Markdown."""
+    print(sweep_table(rows, baseline, measure))
+    print()
+    print(seeds_table(rows, measure))
+
+
+if __name__ == "__main__":
+    run_main(main)
