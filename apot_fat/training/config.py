@@ -17,7 +17,7 @@ AUGMENTS = ("auto", *CROPS)
 LR_UNITS = ("epochs", "steps")
 SCHEDULES = ("step", "cosine", "onecycle")
 FP32_TEACHER = "fp32"
-THRESHOLD_INITS = ("constant", "mse")
+THRESHOLD_INITS = ("constant", "mse", "lsq")
 AMP_TYPES = ("off", "bf16", "fp16")
 COMPILE_MODES = ("auto", "off", "quantizers", "model")
 
@@ -86,7 +86,7 @@ class TrainConfig:
     threshold_init: str = _option(
         "constant",
         "clipping thresholds before the first step: the variant's, or the source's with --init; or of least squared "
-        "error on a training batch",
+        "error, or LSQ's (Esser 2020), on a training batch",
         choices=THRESHOLD_INITS,
     )
     label_smoothing: float = _option(0.0, "of the cross entropy (Szegedy 2016)", low=0, high=0.999)

@@ -302,7 +302,7 @@ def evaluate(
         if log and index % print_freq == 0:
             log(meter.line(f"Test: [{index}/{batches.num_batches}]", with_data=False))
         if after_batch is not None:
-            after_batch(x)
+            after_batch(batch.x)
     model.train(was_training)
     return meter.result()
 
