@@ -20,7 +20,7 @@ from apot_fat.training.config import TrainConfig, field_type
 from apot_fat.training.distributed import launched
 from apot_fat.training.interruption import InterruptedRunError
 from apot_fat.training.loop import NonFiniteError
-from apot_fat.training.recipe import Recipe, find_recipe, read_recipe
+from apot_fat.training.recipe import PUBLISHED, Recipe, find_recipe, read_recipe
 
 EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 2, 3, 4, 130
 
@@ -54,6 +54,12 @@ def make_parser(description: str) -> OneLineParser:
     """A parser with one option for every field of ``TrainConfig``, and ``--config``."""
     parser = OneLineParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.toml", help="recipe; options given beside it come over it")
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        default=PUBLISHED,
+        help="which recipe under configs/ where --config names none: published or ours (default: published)",
+    )
     group = parser.add_argument_group("run (each is a TOML key of the same name)")
     for option in fields(TrainConfig):
         dashed, underscored = f"--{option.name.replace('_', '-')}", f"--{option.name}"
@@ -89,7 +95,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> Req
     arch = given.get("arch", TrainConfig.arch)
     implied = {"data": find_architecture(arch).dataset} if "arch" in given and "data" not in given else {}
     data = given.get("data") or implied.get("data") or TrainConfig.data
-    recipe = find_recipe(data, arch, given.get("preset") or default_preset(arch))
+    preset = given.get("preset") or default_preset(arch)
+    recipe = find_recipe(data, arch, preset, options.recipe)
+    if recipe is None and options.recipe != PUBLISHED:
+        raise ValueError(f"--recipe {options.recipe!r}: configs/ has none for {arch} with {preset} on {data}")
     if recipe:
         log.info("recipe: %s", _relative(recipe.path))
     return Request(given, implied, recipe, options)

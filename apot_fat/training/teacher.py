@@ -54,7 +54,8 @@ def load_teacher(config: TrainConfig, source: str, num_classes: int, device: tor
             bits = taught.bit
     if (outputs := num_outputs(content, f"teacher {source}")) != num_classes:
         raise ValueError(f"teacher {source}: has {outputs} outputs, the data {num_classes} classes")
-    model = load_weights(create_model(taught.arch, taught.preset, bits, num_classes), content)
+    options = {"weight_per_channel": True} if taught.weight_per_channel else {}
+    model = load_weights(create_model(taught.arch, taught.preset, bits, num_classes, **options), content)
     if taught.normalization() != config.normalization():
         model = _Renormalized(model, config.normalization(), taught.normalization())
     model.to(device)

@@ -16,7 +16,10 @@ from apot_fat.training.run import make_batches
 SIZES = {"digits": 8, "cifar10": 32, "imagenet": 224}
 
 
-@pytest.mark.parametrize("path", sorted(CONFIG_ROOT.glob("*/*.toml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+RECIPES = sorted(path for path in CONFIG_ROOT.glob("*/*.toml") if path.parent.name != "sweeps")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_recipe_trains_two_steps(path: Path) -> None:
     recipe = read_recipe(path)
     config = recipe.config(recipe.chain[-1], {"batch_size": 2})
@@ -29,7 +32,7 @@ def test_every_recipe_trains_two_steps(path: Path) -> None:
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, len(batches))
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    objective = Objective(label_smoothing=config.label_smoothing)
+    objective = Objective(label_smoothing=config.label_smoothing, dampening=config.dampening)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     result = train_epoch(model, batches, optimizer, schedule, scaler, objective=objective)
     assert result.total == 4
@@ -52,3 +55,15 @@ def test_every_row_of_the_papers_has_a_recipe() -> None:
             assert recipe.config(recipe.chain[0]).init == "torchvision"
             assert not recipe.config(4).threshold_groups
         assert find_architecture(recipe.config(4).arch).dataset == name.split("/")[0]
+
+
+def test_every_recipe_of_ours_has_at_most_half_the_published_epochs() -> None:
+    found = [path for path in RECIPES if path.stem.endswith("_ours")]
+    networks = {path.stem.split("_")[0] for path in found}
+    assert networks == {"resnet20", "resnet56", "vggsmall", "resnet18", "mobilenetv2"}
+    for path in found:
+        ours, published = read_recipe(path), read_recipe(path.with_name(path.name.replace("_ours", "")))
+        assert {4, 3, 2} <= set(ours.chain)
+        for bits in ours.chain:
+            assert 2 * ours.config(bits).epochs <= published.config(bits).epochs
+            assert ours.config(bits).batch_size == published.config(bits).batch_size
