@@ -13,6 +13,7 @@ from apot_fat.command_line import make_parser, parse_values, run_main
 from apot_fat.report import draw_sweep, seeds_table, sweep_table
 from apot_fat.report.sweep import MEASURES
 from apot_fat.training.distributed import launched
+from apot_fat.training.recipe import PUBLISHED
 from apot_fat.training.results import ResultRow, read_results, write_results
 from apot_fat.training.run import RunSummary
 from apot_fat.training.sweep import Cell, Sweep, read_sweep, run_sweep
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not options.config:
         raise ValueError("no sweep: name a file of configs/sweeps/ with --config, or stored results with --table")
+    if options.recipe != PUBLISHED:
+        raise ValueError(f"--recipe {options.recipe}: a sweep has several; run a part of it with --recipes")
     for name in ("preset", "bit", "seed"):
         if name in given:
             raise ValueError(f"--{name} {given[name]}: the sweep has its own; run a part of it with {_PART_OF[name]}")
@@ -61,9 +64,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     write_results(rows, output / "results.csv")
     baseline = options.baseline or sweep.baseline
-    print_tables(rows, baseline, options.by)
+    has_baseline = bool(options.baseline) or any(row.recipe == baseline for row in rows)
+    print_tables(rows, baseline if has_baseline else None, options.by)
     print(f"\nresults: {output / 'results.csv'}")
-    print(f"figure: {draw_sweep(rows, output / 'results.png', baseline, options.by)}")
+    if has_baseline:
+        print(f"figure: {draw_sweep(rows, output / 'results.png', baseline, options.by)}")
 
 
 def chosen(sweep: Sweep, options: argparse.Namespace) -> Callable[[Cell], bool]:
@@ -86,7 +91,7 @@ def chosen(sweep: Sweep, options: argparse.Namespace) -> Callable[[Cell], bool]:
     return lambda cell: all(str(getattr(cell, part)) in wanted for part, wanted in parts.items())
 
 
-def print_tables(rows: list[ResultRow], baseline: str, measure: str) -> None:
+def print_tables(rows: list[ResultRow], baseline: str | None, measure: str) -> None:
     """The table of recipes, then that of seeds, as Markdown."""
     print(sweep_table(rows, baseline, measure))
     print()

@@ -67,17 +67,18 @@ def summaries(rows: Sequence[ResultRow], measure: str = "top1") -> dict[tuple[st
     return result
 
 
-def sweep_table(rows: Sequence[ResultRow], baseline: str = "published", measure: str = "top1") -> str:
+def sweep_table(rows: Sequence[ResultRow], baseline: str | None = "published", measure: str = "top1") -> str:
     """Markdown: recipes down, methods and bit-widths across, mean ± standard deviation; then the gain over a baseline.
 
-    The gain is the mean, and the lowest, over the cells that a recipe shares with the baseline.
+    The gain is the mean, and the lowest, over the cells that a recipe shares with the baseline; without one there is
+    none.
 
     Raises:
         ValueError: no rows, a baseline that is not among them, or a bad measure.
     """
     cells = summaries(rows, measure)
     recipes, columns = _recipes(rows), _columns(rows)
-    if baseline not in recipes:
+    if baseline is not None and baseline not in recipes:
         raise ValueError(f"baseline {baseline!r}: choose one of {', '.join(recipes) or 'no recipe'}")
     head = ["recipe", *(f"{method} {bits}" for method, bits in columns), "mean gain", "lowest gain"]
     lines = []
@@ -86,7 +87,7 @@ def sweep_table(rows: Sequence[ResultRow], baseline: str = "published", measure:
         gains = [
             cells[recipe, *column].mean - cells[baseline, *column].mean
             for column in columns
-            if (recipe, *column) in cells and (baseline, *column) in cells
+            if baseline is not None and (recipe, *column) in cells and (baseline, *column) in cells
         ]
         shown = ["–" if cell is None else str(cell) for cell in found]
         gain = ["–", "–"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from functools import cache
 from typing import Any, Union
 
 from apot_fat.data.normalization import normalization
@@ -209,7 +210,7 @@ class TrainConfig:
 
 def field_type(option: Field[Any]) -> tuple[type, bool, bool]:
     """(element type, whether a tuple of them, whether None is allowed) of a config field."""
-    hint = typing.get_type_hints(TrainConfig)[option.name]
+    hint = _type_hints()[option.name]
     optional = False
     if typing.get_origin(hint) in (Union, types.UnionType):
         optional = True
@@ -217,6 +218,11 @@ def field_type(option: Field[Any]) -> tuple[type, bool, bool]:
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True, optional
     return hint, False, optional
+
+
+@cache
+def _type_hints() -> dict[str, Any]:
+    return typing.get_type_hints(TrainConfig)  # milliseconds a call, and every field of every config asks
 
 
 def _checked(option: Field[Any], value: Any) -> Any:

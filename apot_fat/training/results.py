@@ -42,7 +42,7 @@ def write_results(rows: Sequence[ResultRow], path: str | os.PathLike[str]) -> No
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
         for row in rows:
-            values = asdict(row) | {"seconds": f"{row.seconds:.1f}"}
+            values = asdict(row) | {"seconds": f"{row.seconds:.2f}"}
             for name in ("top1", "best", "val_top1"):
                 values[name] = "" if values[name] is None else f"{values[name]:.3f}"
             writer.writerow([values[name] for name in _COLUMNS])

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from apot_fat.checkpoint import read_checkpoint
+from apot_fat.checkpoint import read_checkpoint, write_checkpoint
 from apot_fat.data import ImageBatches, ImageSet, Sharding
+from apot_fat.models import create_model
 from apot_fat.training import train_epoch
 from apot_fat.training.distributed import Processes, process_group
 
@@ -186,3 +187,23 @@ def test_the_run_ends_when_a_process_is_killed(tmp_path: Path) -> None:
         finally:
             if launched.poll() is None:
                 os.killpg(launched.pid, signal.SIGKILL)
+
+
+def test_the_switches_under_two_processes_are_those_of_one(tmp_path: Path, tiny_npz: tuple[Path, Path]) -> None:
+    teacher = tmp_path / "teacher.pth"
+    write_checkpoint({"state_dict": create_model("resnet20", bits=32, num_classes=3).state_dict()}, teacher)
+    options = {"data": tiny_npz[0], "test_data": tiny_npz[1], "bit": 4, "epochs": 1, "batch_size": 16}
+    options |= {"crop_padding": 1, "lr": 0.001, "teacher": teacher, "distill_weight": 0.5, "mixup": 0.4, "cutout": 3}
+    options |= {"label_smoothing": 0.1, "dampening": 1e-5, "ema_decay": 0.5, "bn_batches": 2, "compile": "off"}
+    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+    states, losses = [], []
+    for processes in (1, 2):
+        line = [ROOT / "scripts/train.py", *flags, "--sync_bn", "--output", tmp_path / str(processes)]
+        done = run(torchrun(processes, *line), tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        content = read_checkpoint(tmp_path / f"{processes}/resnet20_4bit/checkpoint.pth.tar")
+        states.append(content["state_dict"])
+        losses.append(content["history"][0]["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    for name in ("bn1.running_mean", "bn1.running_var", "conv1.weight", "layer1.0.conv1.act_alpha", "fc.bias"):
+        torch.testing.assert_close(states[1][name], states[0][name], rtol=1e-2, atol=1e-3)
