@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     if not first:
         return
     write_results(rows, output / "results.csv")
+    rows = read_results(output / "results.csv")  # what is printed is what is stored
     baseline = options.baseline or sweep.baseline
     has_baseline = bool(options.baseline) or any(row.recipe == baseline for row in rows)
     print_tables(rows, baseline if has_baseline else None, options.by)
