@@ -1,0 +1,118 @@
+"""README's commands and scripts, run as they stand there, but for the data they name and what EXCEPTED lists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from apot_fat.checkpoint import write_checkpoint
+from apot_fat.data import NAMED
+from apot_fat.export import WRITERS
+from apot_fat.models import create_model
+from apot_fat.models.registry import _REGISTRY
+from apot_fat.quant.levels import LEVEL_FAMILIES, level_set
+from apot_fat.quant.spec import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+Run = Callable[..., tuple[int, str, str]]
+
+# stands in for CIFAR-10 and hundreds of epochs: added, with a few random images, to commands that name no data
+SMALL = {"train.py": ("--epochs", 1, "-b", 16), "progressive.py": ("--epochs", 1, "-b", 16, "--bits", "4,3")}
+EXCEPTED = {
+    "torchrun": "several GPUs; tests/training/test_distributed.py runs two processes",
+    "configs/imagenet": "ImageNet; tests/training/test_recipes.py reads every recipe",
+    "--released": "a download; tests/checkpoint/test_released.py serves it from this machine",
+    "pip install": "a download; `make test` does it",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture
+def _files_it_names(run: Run) -> None:
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 32), ("test", 20), ("cifar10_lossless_test", 20)):
+        images, labels = rng.integers(0, 256, (count, 3, 32, 32), np.uint8), np.arange(count) % 10
+        np.savez(f"{name}.npz", images=images, labels=labels)
+    Path("configs").symlink_to(ROOT / "configs")
+    Path("res20_3bit").mkdir()
+    write_checkpoint({"state_dict": create_model("res20", bits=3).state_dict()}, "res20_3bit/model_best.pth.tar")
+
+
+@pytest.mark.usefixtures("_files_it_names")
+def test_every_command_runs_as_shown(run: Run) -> None:
+    ran, left = 0, []
+    for command in commands():
+        reasons = [reason for part, reason in EXCEPTED.items() if part in command]
+        if reasons:
+            left.append(f"{command}: {reasons[0]}")
+            continue
+        python, script, *arguments = shlex.split(command)
+        assert python == "python", command
+        name = script.removeprefix("scripts/")
+        added: tuple[object, ...] = ()
+        if "-e" in arguments or "--test_only" in arguments:
+            added = ("--data", "test.npz")
+        elif name in SMALL and "--data" not in arguments:
+            added = ("--data", "train.npz", "--test-data", "test.npz", *SMALL[name])
+        code, _, err = run(name, *arguments, *added)
+        assert (code, err) == (0, ""), command
+        ran += 1
+    print("\n".join([f"{ran} commands ran; left out:", *left]))
+    assert ran >= 15
+
+
+@pytest.fixture
+def _registries_as_they_were() -> Iterator[None]:
+    registries: list[dict[str, Any]] = [NAMED, WRITERS, LEVEL_FAMILIES, PRESETS, _REGISTRY]
+    kept = [dict(registry) for registry in registries]
+    yield
+    for registry, entries in zip(registries, kept, strict=True):
+        registry.clear()
+        registry.update(entries)
+    level_set.cache_clear()
+
+
+@pytest.mark.usefixtures("_registries_as_they_were")
+def test_the_places_of_the_contributing_section(run: Run) -> None:
+    contributing = README.split("## Contribute")[1]
+    namespace: dict[str, object] = {}
+    added = [block for block in blocks("python") if block in contributing]
+    assert len(added) == 4
+    for block in added:
+        exec(block, namespace)
+    line = ("--arch", "small", "--preset", "fibonacci", "--bit", 3, "--data", "stripes", "--epochs", 2, "-b", 50)
+    code, out, err = run("train.py", *line)
+    assert (code, err) == (0, ""), out
+    assert " * Prec 100.000%" in out
+    code, _, err = run("export.py", "result/small_3bit/model_best.pth.tar", "--to", "program", "--output", "small.pt2")
+    assert (code, err) == (0, "")
+    program = torch.export.load("small.pt2").module()
+    assert program(torch.zeros(1, 3, 8, 8)).shape == (1, 2)
+
+
+def test_the_scripts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    own = [block for block in blocks("python") if block not in README.split("## Contribute")[1]]
+    assert len(own) == 2
+    for block in own:
+        exec(block, {"__name__": "readme"})
+    found = re.search(r"^(\d+\.\d)% of 397 test digits$", capsys.readouterr().out, re.MULTILINE)
+    assert found
+    assert float(found[1]) > 50
