@@ -1,0 +1,294 @@
+"""All that a report shows, as plain values: one table a kind of row, columns of equal length.
+
+Measured numbers are rounded to 6 significant digits; what is not finite or not there is None.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apot_fat.models import find_architecture
+from apot_fat.quant.spec import FLOAT_BITS
+from apot_fat.report.cost import CostReport, cost_report
+from apot_fat.report.measure import Distribution, LayerMeasure, measure_layers, weight_layers
+from apot_fat.report.subject import Images, Subject, input_shape, load_images
+
+MOST_EPOCHS = 100  # of thresholds over time: every layer's, so thinned out
+BATCH = 100
+PALETTES = ("fp32", "apot", "fat", "uniform", "fourth", "fifth")
+_METHOD_NAMES = {"apot": "APoT", "fat": "FAT"}
+_PACKAGES = ("apot-fat", "torch", "torchvision", "numpy")
+
+Columns = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report's contents.
+
+    Args:
+        data: what the page embeds: ``runs`` (one dict each), ``layers_named``, and the tables ``epochs``,
+            ``thresholds``, ``layers``, ``bins``, ``levels``, ``frequencies`` and ``costs``.
+        subjects: what it is about, in the order of ``runs``.
+    """
+
+    data: dict[str, Any]
+    subjects: tuple[Subject, ...]
+
+    def rows(self, table: str, **where: int) -> list[dict[str, Any]]:
+        """The rows of a table where columns have the given values; a run's label and a layer's name go along."""
+        columns: Columns = self.data[table]
+        chosen = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        chosen = [row for row in chosen if all(row[name] == value for name, value in where.items())]
+        for row in chosen:
+            row["label"] = self.data["runs"][row["run"]]["label"]
+            if "layer" in row:
+                row["name"] = self.data["layers_named"][row["layer"]]
+        return chosen
+
+
+def build_report(
+    subjects: Sequence[Subject],
+    data: str | None = None,
+    image_size: int | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Report:
+    """Measure networks and gather what a report shows of them.
+
+    Args:
+        subjects: the networks, at least one.
+        data: images to measure inputs and accuracy on, as ``--data``; by default those a run names, if at hand.
+        image_size: height and width of the images, pixels.
+        progress: told of each layer as it is done.
+
+    Raises:
+        ValueError: images that cannot be read or do not fit a network.
+    """
+    labels, places = _labels(subjects), _colors(subjects)
+    named = list(dict.fromkeys(name for subject in subjects for name, _ in weight_layers(subject.model)))
+    tables: dict[str, Columns] = {}
+    offsets = _offsets(subjects)
+    runs = []
+    for run, subject in enumerate(subjects):
+        images = load_images(subject, data, image_size, BATCH)
+        shape = input_shape(subject, images, image_size)
+        cost = cost_report(subject.model, shape)
+        batch = images.batch if isinstance(images, Images) else None
+        measures = measure_layers(subject.model, batch, progress)
+        runs.append(
+            {"id": run, "label": labels[run], **places[run]}
+            | _run(subject, images, cost, measures, shape, offsets[run])
+        )
+        _add_history(tables, run, subject, offsets[run], named)
+        _add_layers(tables, run, subject, cost, measures, named)
+        for row in (*cost.rows, cost.total):
+            _add(tables, "costs", {"run": run, **asdict(row), "float_share": row.float_share})
+    for table in ("epochs", "thresholds", "layers", "bins", "levels", "frequencies", "costs"):
+        tables.setdefault(table, {"run": []})
+    content = {"runs": runs, "layers_named": named, "environment": environment(), **tables}
+    return Report(content, tuple(subjects))
+
+
+def environment() -> dict[str, str]:
+    """Where and when a report is made: versions, machine, time (UTC)."""
+    return {
+        "Python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    }
+
+
+def _run(
+    subject: Subject,
+    images: Images | str,
+    cost: CostReport,
+    measures: Sequence[LayerMeasure],
+    shape: tuple[int, ...],
+    offset: int,
+) -> dict[str, Any]:
+    best, total, config = subject.best, cost.total, subject.config
+    result = images.result if isinstance(images, Images) else None
+    file = subject.path if subject.path.is_file() else None
+    notes = _notes(subject, images)
+    if not best and subject.recorded is None and result is None:
+        notes["accuracy"] = "No accuracy: it is not recorded here. Measure it with --data."
+    return {
+        "path": str(subject.path),
+        "kind": subject.kind,
+        "network": find_architecture(config.arch).name,
+        "method": config.method,
+        "bits": config.bit,
+        "last": _short(subject.history[-1]["test_top1"]) if best else None,
+        "best": _short(best["test_top1"]) if best else _short(subject.recorded),
+        "best_epoch": best["epoch"] if best else None,
+        "best_on": ("held-out" if "val_top1" in best else "test") if best else None,
+        "epochs": len(subject.history) or None,
+        "first_epoch": offset + 1,
+        "seconds": _short(sum(row["seconds"] for row in subject.history)) if best else None,
+        "measured": _short(result.top1) if result else None,
+        "correct": result.correct if result else None,
+        "images": result.total if result else None,
+        "images_from": images.name if isinstance(images, Images) else None,
+        "batch": len(images.batch) if isinstance(images, Images) else None,
+        "input_shape": list(shape),
+        "parameters": total.parameters,
+        "file_bytes": file.stat().st_size if file else None,
+        "float32_bytes": total.float32_bytes,
+        "packed_bytes": total.packed_bytes,
+        "macs": total.macs,
+        "bit_operations": total.bit_operations,
+        "float_bit_operations": total.macs * FLOAT_BITS**2,
+        "shift_adds": total.shift_adds,
+        "weight_sqnr": _mean([m.weight.sqnr for m in measures if m.weight_alpha is not None]),
+        "input_sqnr": _mean([m.input.sqnr for m in measures if m.input is not None and m.act_alpha is not None]),
+        "notes": notes,
+        "recipe": config.to_dict() if subject.trained else {},
+    }
+
+
+def _notes(subject: Subject, images: Images | str) -> dict[str, str]:
+    # one sentence for each thing that this input cannot show
+    notes = {}
+    what = {"run": "run", "checkpoint": "checkpoint", "packed": "packed file"}[subject.kind]
+    if not subject.history:
+        notes["curves"] = f"No curves: a {what} like this one does not record its epochs."
+        notes["thresholds"] = f"No thresholds over time: a {what} like this one holds the last ones only."
+    if not subject.trained:
+        notes["recipe"] = f"No recipe: this {what} does not record how it was trained."
+    if isinstance(images, str):
+        notes["inputs"] = images
+    if subject.config.bit == FLOAT_BITS:
+        notes["levels"] = "No levels, thresholds or quantization error: this network is full precision."
+    elif subject.kind == "packed":
+        notes["levels"] = "No quantization error of weights: a packed file holds the quantized weights alone."
+        notes["spectrum"] = "No spectrum: a packed file holds weights after FAT's transform, not the transform."
+    if not subject.config.preset_name.startswith("fat") and "spectrum" not in notes:
+        notes["spectrum"] = "No spectrum: only FAT transforms its weights."
+    elif subject.config.bit == FLOAT_BITS:
+        notes["spectrum"] = "No spectrum: a full-precision network has no transform."
+    return notes
+
+
+def _add_history(tables: dict[str, Columns], run: int, subject: Subject, offset: int, named: list[str]) -> None:
+    kept = {round(i * (len(subject.history) - 1) / (MOST_EPOCHS - 1)) for i in range(MOST_EPOCHS)}
+    scores = [f"{part}_{score}" for part in ("train", "test", "val") for score in ("loss", "top1")]
+    for index, row in enumerate(subject.history):
+        place = {"run": run, "epoch": row["epoch"], "since": offset + row["epoch"]}
+        _add(tables, "epochs", place | {name: _short(row.get(name)) for name in scores})
+        for name, layer in row["layers"].items() if index in kept else ():
+            alphas = {side: _short(layer[side]) for side in ("weight_alpha", "act_alpha")}
+            _add(tables, "thresholds", place | {"layer": named.index(name), **alphas})
+
+
+def _add_layers(
+    tables: dict[str, Columns],
+    run: int,
+    subject: Subject,
+    cost: CostReport,
+    measures: Sequence[LayerMeasure],
+    named: list[str],
+) -> None:
+    for measure, price in zip(measures, cost.rows, strict=False):  # the last row of costs is no layer's
+        place = {"run": run, "layer": named.index(measure.name)}
+        row: dict[str, Any] = {
+            "kind": price.kind,
+            "weight_bits": price.weight_bits,
+            "act_bits": price.act_bits,
+            "weight_alpha": _short(measure.weight_alpha),
+            "act_alpha": _short(measure.act_alpha),
+            "mask_min": _short(min(measure.spectrum.mask_min)) if measure.spectrum else None,
+            "mask_max": _short(max(measure.spectrum.mask_max)) if measure.spectrum else None,
+        }
+        for side, found in (("weight", measure.weight), ("input", measure.input)):
+            for name in ("count", "zeros", "clipped", "sqnr"):
+                row[f"{side}_{name}"] = _short(getattr(found, name)) if found else None
+            row[f"{side}_step"] = found.histogram.step if found else None
+            if found:
+                _add_distribution(tables, place, side, found)
+        _add(tables, "layers", place | row)
+        if spectrum := measure.spectrum:
+            for values in zip(*asdict(spectrum).values(), strict=True):
+                _add(tables, "frequencies", place | dict(zip(asdict(spectrum), map(_short, values), strict=True)))
+
+
+def _add_distribution(tables: dict[str, Columns], place: dict[str, int], side: str, found: Distribution) -> None:
+    histogram = found.histogram
+    for index, count in enumerate(histogram.counts):
+        low, high = (_short(histogram.low + i * histogram.step) for i in (index, index + 1))
+        _add(tables, "bins", place | {"side": side, "low": low, "high": high, "count": count})
+    for level, share in zip(found.levels, found.shares, strict=True):
+        _add(tables, "levels", place | {"side": side, "level": _short(level), "share": _short(share)})
+
+
+def _add(tables: dict[str, Columns], table: str, row: Mapping[str, Any]) -> None:
+    columns = tables.setdefault(table, {name: [] for name in row})
+    for name, value in row.items():
+        columns[name].append(value)
+
+
+def _labels(subjects: Sequence[Subject]) -> list[str]:
+    networks = {find_architecture(subject.config.arch).name for subject in subjects}
+    labels = []
+    for subject in subjects:
+        config = subject.config
+        family, *variant = [part for part in config.preset_name.split("-") if part not in ("cifar", "imagenet")]
+        words = [find_architecture(config.arch).name] if len(networks) > 1 else []
+        words += ["fp32"] if config.bit == FLOAT_BITS else [_METHOD_NAMES.get(family, family), *variant]
+        words += [] if config.bit == FLOAT_BITS else [f"{config.bit} bits"]
+        labels.append(" ".join(words))
+    places = [Path(*subject.path.parts[-2:]) for subject in subjects]
+    shared = [labels.count(label) > 1 for label in labels]
+    labels = [f"{label} ({place})" if s else label for label, place, s in zip(labels, places, shared, strict=True)]
+    return [f"{label} #{i + 1}" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
+
+
+def _colors(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
+    # a hue for a method, shades of it for bits; a second path with the same method takes the next hue
+    hues: dict[tuple[int, str], str] = {}
+    shades: dict[str, int] = {}
+    places = []
+    for subject in subjects:
+        family = "fp32" if subject.config.bit == FLOAT_BITS else subject.config.preset_name.split("-")[0]
+        key = subject.group, family
+        if key not in hues:
+            free = [name for name in (family, *PALETTES[3:], *PALETTES[:3]) if name not in hues.values()]
+            hues[key] = free[0] if free else family
+        hue = hues[key]
+        places.append({"family": family, "hue": hue, "shade": shades.get(hue, 0) % 3})
+        shades[hue] = shades.get(hue, 0) + 1
+    return places
+
+
+def _offsets(subjects: Sequence[Subject]) -> list[int]:
+    # epochs before a run's first, in the runs of the same path that it started from
+    def before(run: int, seen: tuple[int, ...] = ()) -> int:
+        subject = subjects[run]
+        folder = Path(subject.config.init).parent.name if subject.trained and subject.config.init else ""
+        for other, candidate in enumerate(subjects):
+            is_parent = candidate.path.name == folder and candidate.group == subject.group
+            if is_parent and other not in (*seen, run):
+                return before(other, (*seen, run)) + len(candidate.history)
+        return 0
+
+    return [before(run) for run in range(len(subjects))]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    finite = [value for value in values if value is not None]
+    return _short(sum(finite) / len(finite)) if finite else None
+
+
+def _short(value: Any) -> Any:
+    if value is None or isinstance(value, int):
+        return value
+    return float(f"{float(value):.6g}") if math.isfinite(value) else None

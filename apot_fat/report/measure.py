@@ -1,0 +1,257 @@
+"""The numbers of a network's layers: where weights and inputs lie, on which levels they land, and what that costs.
+
+Everything is counted and summed in float64, from the layer's own operands. Shape suffixes: ``_OK`` (C_out, K) with
+K = C_in · k_h · k_w, ``_OF`` (C_out, K // 2 + 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apot_fat.quant.fake_quant import positive
+from apot_fat.quant.frequency import frequency_transform
+from apot_fat.quant.integers import integer_weight
+from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear, normalize_weight
+from apot_fat.quant.levels import LevelSet
+
+BINS = 80
+MOST_BANDS = 96
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts in equal bins: the i-th holds low + i · step ≤ v < low + (i + 1) · step, in the values' unit."""
+
+    low: float
+    step: float
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Values before a quantizer, and what it makes of them.
+
+    Args:
+        count: how many values.
+        zeros: share of values that are 0 before the quantizer, 0 to 1.
+        histogram: of the values before the quantizer that are not 0.
+        clipped: share of values beyond the clipping threshold, 0 to 1; None where there is none.
+        sqnr: signal-to-quantization-noise ratio in dB, 10 log10(Σ v² / Σ (v − q)²); None without noise or signal.
+        levels: the values the quantizer can give, rising, in the values' unit; empty where the values stay float.
+        shares: of each level, the share of values that land on it, 0 to 1.
+    """
+
+    count: int
+    zeros: float
+    histogram: Histogram
+    clipped: float | None
+    sqnr: float | None
+    levels: tuple[float, ...]
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """FAT's view of a weight: the mean over output channels of |F| before and after the mask, and the mask.
+
+    Args:
+        frequency: middle of each band, cycles a weight, 0 to 0.5. Neighbouring frequencies share a band where there are
+            more than ``MOST_BANDS``.
+        before, after: mean magnitude of the normalised weight's spectrum, before and after the mask.
+        mask_mean, mask_min, mask_max: of the mask over channels and the frequencies of the band, 0 to 1.
+    """
+
+    frequency: tuple[float, ...]
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    mask_mean: tuple[float, ...]
+    mask_min: tuple[float, ...]
+    mask_max: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LayerMeasure:
+    """A convolution or linear layer.
+
+    Args:
+        name: as in ``named_modules``.
+        weight_alpha, act_alpha: clipping thresholds as used; None where a side has none.
+        weight: the weight just before projection (normalised, with FAT transformed), and its levels.
+        input: the input, after the ReLU the layer does itself; None without images.
+        spectrum: with FAT, else None.
+    """
+
+    name: str
+    weight_alpha: float | None
+    act_alpha: float | None
+    weight: Distribution
+    input: Distribution | None = None
+    spectrum: Spectrum | None = None
+
+
+def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d | nn.Linear]]:
+    """Name and module of every convolution and linear layer, quantized or not, in the order of definition."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            yield name, module
+
+
+@torch.no_grad()
+def measure_layers(
+    model: nn.Module, images: Tensor | None = None, progress: Callable[[str], None] = lambda name: None
+) -> list[LayerMeasure]:
+    """Measure every convolution and linear layer.
+
+    Args:
+        model: any network; left in evaluation mode.
+        images: a normalised batch (N, C, H, W), or None: then inputs are not measured. Of a layer that runs more than
+            once the first input counts.
+        progress: told of each layer as it is done.
+    """
+    model.eval()
+    inputs = {} if images is None else _measure_inputs(model, images)
+    measures = []
+    for name, layer in weight_layers(model):
+        alphas = (_number(getattr(layer, "weight_alpha", None)), _number(getattr(layer, "act_alpha", None)))
+        measures.append(LayerMeasure(name, *alphas, measure_weight(layer), inputs.get(name), measure_spectrum(layer)))
+        progress(name)
+    return measures
+
+
+@torch.no_grad()
+def measure_weight(layer: nn.Conv2d | nn.Linear) -> Distribution:
+    """The weight of a layer, in the unit of its threshold, and the levels it lands on."""
+    if isinstance(layer, QuantConv2d | QuantLinear) and layer.weight_alpha is not None:
+        alpha = float(positive(layer.weight_alpha))
+        levels = _signed(layer.spec.weight_set, alpha)
+        return distribution(layer.transformed_weight(), layer.quantized_weight(), levels, alpha, signed=True)
+    integers = integer_weight(layer) if isinstance(layer, EightBitConv2d | EightBitLinear) else None
+    if integers is None:
+        return distribution(layer.weight, layer.weight)
+    low, high = int(integers.numerators.min()), int(integers.numerators.max())
+    step = float(integers.scale) / integers.denominator
+    return distribution(layer.weight, layer.quantized_weight(), [n * step for n in range(low, high + 1)])  # type: ignore[operator]
+
+
+@torch.no_grad()
+def measure_input(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Distribution:
+    """The input of a layer, after the ReLU it does itself, and the levels it lands on."""
+    if not isinstance(layer, QuantConv2d | QuantLinear) or layer.act_alpha is None:
+        value = F.relu(x) if getattr(layer, "relu", False) else x
+        return distribution(value, value)
+    q = layer.quantized_input(x)
+    value = F.relu(x) if layer.relu else x
+    alpha, act_set, signed = float(positive(layer.act_alpha)), layer.spec.act_set, layer.spec.act_signed
+    if signed:
+        return distribution(value, q, _signed(act_set, alpha), alpha, signed=True)
+    step = alpha / act_set.denominator
+    below = round(-min(float(q.min()), 0.0) / step)  # uniform levels go on below 0 where inputs are not clipped there
+    levels = [-n * step for n in range(below, 0, -1)] + [level * alpha for level in act_set.levels]
+    return distribution(value, q, levels, alpha)
+
+
+def distribution(
+    value: Tensor,
+    quantized: Tensor,
+    levels: list[float] | None = None,
+    alpha: float | None = None,
+    *,
+    signed: bool = False,
+) -> Distribution:
+    """What a quantizer makes of values.
+
+    Args:
+        value, quantized: before and after, one shape.
+        levels: what it can give, rising; None where the values stay float.
+        alpha: clipping threshold, of magnitudes if ``signed``.
+    """
+    v, q = value.detach().double().flatten(), quantized.detach().double().flatten()
+    noise, signal = float((v - q).square().sum()), float(v.square().sum())
+    shares: tuple[float, ...] = ()
+    if levels:
+        midpoints = torch.tensor([(a + b) / 2 for a, b in pairwise(levels)], dtype=torch.float64)
+        counts = torch.bucketize(q, midpoints).bincount(minlength=len(levels))
+        shares = tuple((counts.double() / max(len(q), 1)).tolist())
+    clipped = None if alpha is None else float(((v.abs() if signed else v) > alpha).double().mean())
+    return Distribution(
+        count=len(v),
+        zeros=float((v == 0).double().mean()),
+        histogram=_histogram(v[v != 0], alpha or 0.0, signed),
+        clipped=clipped,
+        sqnr=10 * math.log10(signal / noise) if noise and signal else None,
+        levels=tuple(levels or ()),
+        shares=shares,
+    )
+
+
+@torch.no_grad()
+def measure_spectrum(layer: nn.Module) -> Spectrum | None:
+    """The spectrum of a layer's weight before and after FAT's mask, and the mask; None without a transform."""
+    if not isinstance(layer, QuantConv2d | QuantLinear) or layer.transform is None:
+        return None
+    w = normalize_weight(layer.weight, layer.spec)
+    mask_OF = frequency_transform(w, layer.transform)[1].double()
+    w_OK = w.reshape(w.shape[0], -1).double()
+    magnitude_OF = torch.fft.rfft(w_OK).abs()
+    frequencies = torch.arange(mask_OF.shape[1], dtype=torch.float64) / w_OK.shape[1]
+    bands = [band for band in torch.arange(mask_OF.shape[1]).tensor_split(MOST_BANDS) if len(band)]
+
+    def by_band(of: Callable[[Tensor], Any]) -> tuple[float, ...]:
+        return tuple(float(of(band)) for band in bands)
+
+    return Spectrum(
+        frequency=by_band(lambda band: frequencies[band].mean()),
+        before=by_band(lambda band: magnitude_OF[:, band].mean()),
+        after=by_band(lambda band: (magnitude_OF * mask_OF)[:, band].mean()),
+        mask_mean=by_band(lambda band: mask_OF[:, band].mean()),
+        mask_min=by_band(lambda band: mask_OF[:, band].min()),
+        mask_max=by_band(lambda band: mask_OF[:, band].max()),
+    )
+
+
+def _measure_inputs(model: nn.Module, images: Tensor) -> dict[str, Distribution]:
+    measured: dict[str, Distribution] = {}
+
+    def measuring(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+        def measure(layer: Any, args: tuple[Tensor, ...]) -> None:
+            if name not in measured:
+                measured[name] = measure_input(layer, args[0])
+
+        return measure
+
+    hooks = [layer.register_forward_pre_hook(measuring(name)) for name, layer in weight_layers(model)]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return measured
+
+
+def _histogram(v: Tensor, alpha: float, signed: bool) -> Histogram:
+    reach = torch.tensor([-alpha if signed else 0.0, alpha], dtype=torch.float64)
+    low, high = (float(end) for end in torch.cat([v, reach]).aminmax())
+    if high <= low:
+        return Histogram(low, 1.0, ())
+    step = float(f"{(high - low) / BINS:.3g}")  # round edges: a page names them
+    first = math.floor(low / step)
+    bins = torch.floor(v / step).long() - first
+    counts = bins.bincount(minlength=math.floor(high / step) - first + 1)
+    return Histogram(first * step, step, tuple(counts.tolist()))
+
+
+def _signed(levels: LevelSet, alpha: float) -> list[float]:
+    magnitudes = [level * alpha for level in levels.levels]
+    return [-m for m in magnitudes[:0:-1]] + magnitudes
+
+
+def _number(alpha: Any) -> float | None:
+    return None if alpha is None else float(positive(alpha.detach()))

@@ -1,0 +1,209 @@
+"""What a report is about: a network with its weights, and all that its file or folder says of how it came about."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apot_fat.checkpoint import (
+    best_accuracy,
+    checkpoint_thresholds,
+    load_packed,
+    load_weights,
+    num_outputs,
+    read_checkpoint,
+    read_newest,
+)
+from apot_fat.models import create_model, find_architecture
+from apot_fat.quant.spec import FLOAT_BITS
+from apot_fat.training.config import TrainConfig
+from apot_fat.training.loop import Result, evaluate
+from apot_fat.training.run import BEST, LAST, best_index, load_config_dataset, make_batches, run_config
+
+PACKED_SUFFIX = ".safetensors"
+IMAGE_SIZES = {"cifar10": 32, "imagenet": 224}  # pixels, of the data sets of the papers
+DIGITS_SIZE = 8
+_RUN_FOLDER = re.compile(r"(?P<arch>.+)_(?P<bits>\d+)bit")
+_CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+
+log = logging.getLogger("apot_fat")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network of a report.
+
+    Args:
+        path: where it was read from: a run folder, a checkpoint or a packed file.
+        kind: ``run``, ``checkpoint`` or ``packed``.
+        config: the run's, or for the others what is known: network, variant and bits.
+        model: with the weights of the best epoch, in evaluation mode.
+        history: one row an epoch, as in ``metrics.jsonl``; empty but for runs.
+        recorded: best top-1 that the file records, %, or None.
+        trained: whether ``config`` is a run's, with its recipe.
+        group: which of the report's paths it came with, from 0.
+    """
+
+    path: Path
+    kind: str
+    config: TrainConfig
+    model: nn.Module
+    history: tuple[dict[str, Any], ...]
+    recorded: float | None
+    trained: bool
+    group: int = 0
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The row of the best epoch."""
+        return self.history[best_index(list(self.history))] if self.history else None
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of a report.
+
+    Args:
+        name: what they are called.
+        batch: the first test images, normalised, (N, C, H, W).
+        result: the network's accuracy on all of them; None unless asked for.
+    """
+
+    name: str
+    batch: Tensor
+    result: Result | None
+
+
+def load_subjects(path: Path, group: int = 0, **given: Any) -> list[Subject]:
+    """The networks at a path, from many bits to few.
+
+    Args:
+        path: a run folder, a folder of run folders, a checkpoint (ours or released) or a packed file.
+        group: for ``Subject``.
+        given: ``arch``, ``bit`` and ``preset`` of a checkpoint that does not record them and does not lie in a folder
+            called ``<arch>_<bit>bit``.
+
+    Raises:
+        ValueError: none of these, a damaged file, or a network that is not known.
+    """
+    if path.is_dir():
+        if (path / LAST).is_file():
+            return [_run(path, group)]
+        folders = sorted(entry.parent for entry in path.glob(f"*/{LAST}"))
+        if not folders:
+            raise ValueError(f"{path}: neither a run folder (it holds no {LAST}) nor a folder of run folders")
+        runs = [_run(folder, group) for folder in folders]
+        return sorted(runs, key=lambda run: (run.config.arch.count("_"), run.config.arch, -run.config.bit))
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder; name a run folder, a checkpoint or a packed file")
+    return [_packed(path, group) if path.suffix == PACKED_SUFFIX else _checkpoint(path, group, given)]
+
+
+def load_images(subject: Subject, data: str | None, image_size: int | None, limit: int) -> Images | str:
+    """Test images for a network: those named, else those its run names if they are at hand. Nothing is downloaded.
+
+    Args:
+        subject: the network.
+        data: as ``--data``; then its accuracy on all of them is measured too.
+        image_size: height and width they are brought to, pixels.
+        limit: images of the batch.
+
+    Returns:
+        The images, or the reason there are none, as a sentence.
+
+    Raises:
+        ValueError: the named images cannot be read or have labels that the network does not know.
+    """
+    config = subject.config
+    if data is not None:
+        config = replace(config, data=data, test_data=None)
+    elif not subject.trained:
+        return "No images: this file names none. Name some with --data."
+    elif not _at_hand(config):
+        return f"No images: the run's data ({config.data}) are not at hand. Name some with --data."
+    config = replace(config, image_size=image_size or config.image_size, test_batch_size=limit, workers=0)
+    try:
+        dataset = load_config_dataset(config, need_train=False)
+    except ValueError:
+        if data is not None:
+            raise
+        return f"No images: the run's data ({config.data}) cannot be read any more. Name some with --data."
+    device = torch.device("cpu")
+    batch = next(iter(make_batches(config, dataset.test, device)))[0][:limit]
+    if data is None:
+        return Images(dataset.name, batch, None)
+    outputs = num_outputs(subject.model.state_dict(), str(subject.path))
+    if int(dataset.test.labels_N.max()) >= outputs:
+        raise ValueError(f"{subject.path}: has {outputs} outputs, {dataset.name} has {len(dataset.classes)} classes")
+    return Images(dataset.name, batch, evaluate(subject.model, make_batches(config, dataset.test, device)))
+
+
+def input_shape(subject: Subject, images: Images | str, image_size: int | None) -> tuple[int, ...]:
+    """(C, H, W) of what the network takes: its images', or else its data set's."""
+    if isinstance(images, Images):
+        return tuple(images.batch.shape[1:])
+    on_digits = subject.trained and subject.config.data == "digits"
+    known = DIGITS_SIZE if on_digits else IMAGE_SIZES[find_architecture(subject.config.arch).dataset]
+    size = image_size or subject.config.image_size or known
+    return 3, size, size
+
+
+def _run(folder: Path, group: int) -> Subject:
+    content = read_newest(folder / LAST, log.warning)
+    config = run_config(content, folder / LAST)
+    if not content["history"]:
+        raise ValueError(f"{folder}: the run has finished no epoch yet; go on with --resume auto")
+    weights = read_checkpoint(folder / BEST) if (folder / BEST).is_file() else content
+    return Subject(folder, "run", config, _model(config, weights), tuple(content["history"]), None, True, group)
+
+
+def _checkpoint(path: Path, group: int, given: dict[str, Any]) -> Subject:
+    content = read_checkpoint(path)
+    given = {name: value for name, value in given.items() if value is not None}
+    recorded = content.get("config")
+    if isinstance(recorded, dict):
+        config = run_config(content, path)
+        for name, value in given.items():
+            if getattr(config, name) != value:
+                raise ValueError(f"checkpoint {path}: was run with {name} = {getattr(config, name)!r}, not {value!r}")
+        return Subject(
+            path, "checkpoint", config, _model(config, content), tuple(content["history"]), None, True, group
+        )
+    named = _RUN_FOLDER.fullmatch(path.resolve().parent.name)
+    known = {"arch": named["arch"], "bit": int(named["bits"])} if named else {}
+    if not checkpoint_thresholds(content, f"checkpoint {path}"):
+        known["bit"] = FLOAT_BITS
+    missing = [f"--{name}" for name in ("arch", "bit") if name not in known | given]
+    if missing:
+        raise ValueError(
+            f"checkpoint {path}: records no network and lies in no <arch>_<bit>bit folder; give {' and '.join(missing)}"
+        )
+    config = TrainConfig.from_dict(known | given, f"checkpoint {path}")
+    return Subject(path, "checkpoint", config, _model(config, content), (), best_accuracy(content), False, group)
+
+
+def _packed(path: Path, group: int) -> Subject:
+    model = load_packed(path)
+    created: Any = model.created_as  # what load_packed built it from
+    config = TrainConfig.from_dict({"arch": created["name"], "preset": created["preset"], "bit": created["bits"]})
+    return Subject(path, "packed", config, model, (), None, False, group)
+
+
+def _model(config: TrainConfig, content: dict[str, Any]) -> nn.Module:
+    outputs = num_outputs(content)
+    return load_weights(create_model(config.arch, config.preset, config.bit, outputs), content).eval()
+
+
+def _at_hand(config: TrainConfig) -> bool:
+    if config.data == "digits":
+        return True
+    if config.data in _CIFAR_FOLDERS:
+        return (Path(config.data_root) / _CIFAR_FOLDERS[config.data]).is_dir()
+    path = Path(config.data_root) / "imagenet" if config.data == "imagenet" else Path(config.data)
+    return path.exists() and (config.test_data is None or Path(config.test_data).exists())
