@@ -11,11 +11,10 @@ from apot_fat.checkpoint import load_weights, num_outputs, read_checkpoint
 from apot_fat.command_line import OneLineParser, log, run_main
 from apot_fat.export import WRITERS
 from apot_fat.models import find_architecture
+from apot_fat.report.subject import DIGITS_SIZE, IMAGE_SIZES
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.run import create_network, load_config_dataset, make_batches
 
-IMAGE_SIZES = {"cifar10": 32, "imagenet": 224}  # pixels, of the data sets of the papers
-DIGITS_SIZE = 8
 VERIFY_IMAGES = 100
 
 

@@ -33,12 +33,22 @@ def _seed() -> None:
 @pytest.fixture
 def tiny_npz(tmp_path: Path) -> tuple[Path, Path]:
     """Training and test images, 8 × 8, three classes told apart by their brightness."""
+    return _write_images(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def shared_npz(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The images of ``tiny_npz`` for fixtures that live longer than a test."""
+    return _write_images(tmp_path_factory.mktemp("images"))
+
+
+def _write_images(folder: Path) -> tuple[Path, Path]:
     rng = np.random.default_rng(0)
     paths = []
     for name, count in (("train", 48), ("test", 21)):
         labels = np.arange(count) % 3
         images = (rng.integers(0, 60, (count, 3, 8, 8)) + 90 * labels[:, None, None, None]).astype(np.uint8)
-        path = tmp_path / f"{name}.npz"
+        path = folder / f"{name}.npz"
         np.savez(path, images=images, labels=labels.astype(np.uint8))
         paths.append(path)
     return paths[0], paths[1]

@@ -152,6 +152,13 @@ def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
         ("progressive.py", ("--bits", "4,9"), "bits 9: choose an integer"),
         ("show_params.py", (text,), "not a PyTorch checkpoint"),
         ("show_params.py", (full,), "holds no clipping thresholds"),
+        ("report.py", ("absent", "--output", "r.html"), "absent: no such file or folder"),
+        ("report.py", (tmp_path / "work", "--output", "r.html"), "neither a run folder"),
+        ("report.py", (text, "--output", "r.html"), "not a PyTorch checkpoint"),
+        ("report.py", (many, "--output", "r.html"), "not a PyTorch checkpoint"),
+        ("report.py", (full, "--output", "r.html"), "give --arch"),
+        ("report.py", (full, "--arch", "res20", "--data", "absent", "--output", "r.html"), "no data set 'absent'"),
+        ("report.py", (full,), "--output"),
     ]
     for script, argv, message in cases:
         code, out, err = run(script, *argv)
@@ -182,7 +189,23 @@ def test_benchmark_prints_a_table_and_writes_json(run: Run) -> None:
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", ["benchmark.py", "train.py", "evaluate.py", "progressive.py", "show_params.py"])
+def test_report_of_a_run_and_a_checkpoint(run: Run, data: tuple[object, ...], tmp_path: Path) -> None:
+    assert run("train.py", "--arch", "resnet_20", "--bit", 3, "--epochs", 1, *data)[0] == 0
+    weights = tmp_path / "res20_32bit" / "model_best.pth.tar"
+    write_checkpoint({"state_dict": create_model("res20", bits=32).state_dict(), "best_prec": 12.5}, weights)
+    paths = "result/resnet_20_3bit", weights
+    code, out, err = run("report.py", *paths, "--output", "pages/report.html", "--image-size", 8)
+    assert (code, err) == (0, "")
+    assert out.startswith("pages/report.html: 2 networks, ")
+    html = Path("pages/report.html").read_text()
+    assert "12.50 %" in html
+    assert "fp32: No curves" in html
+    assert [path.name for path in Path("pages").iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize(
+    "script", ["benchmark.py", "train.py", "evaluate.py", "progressive.py", "show_params.py", "report.py"]
+)
 def test_help(run: Run, script: str) -> None:
     code, out, _ = run(script, "--help")
     assert code == 0

@@ -1,0 +1,111 @@
+"""Reports opened in a real browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from apot_fat.report.page import page
+
+if TYPE_CHECKING:
+    from tests.report.conftest import Demo
+
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+FLAGS += " --disable-component-update --disable-sync"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    chromedriver = shutil.which("chromedriver")
+    if not binary or not chromedriver:
+        pytest.skip("needs Chromium and chromedriver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in FLAGS.split():
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def file(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(page(demo.report), encoding="utf-8")
+    return path
+
+
+def opened(browser: Any, file: Path, width: int, scheme: str) -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get(file.as_uri())
+    drawn(browser, 1)
+
+
+def drawn(browser: Any, times: int) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    counter = "return Number(document.documentElement.dataset.drawn || 0)"
+    WebDriverWait(browser, 60, 0.05).until(lambda driver: driver.execute_script(counter) >= times)
+
+
+def said(browser: Any) -> list[str]:
+    return [entry["message"] for entry in browser.get_log("browser")]
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (1400, "dark"), (390, "light"), (390, "dark")])
+def test_a_page_opens_without_error_scrolling_or_request(browser: Any, file: Path, width: int, scheme: str) -> None:
+    opened(browser, file, width, scheme)
+    assert said(browser) == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return window.innerWidth") == width
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+    assert {url for url in asked if not url.startswith("data:")} <= {file.as_uri()}
+    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 28)"}[scheme]
+    empty = """return [...document.querySelectorAll('.chart:not([hidden])')].filter((chart) => {
+        const svg = chart.querySelector('svg');
+        return !svg || svg.clientWidth > chart.clientWidth + 1;
+    }).length"""
+    assert browser.execute_script(empty) == 0
+
+
+def test_controls_work_from_the_keyboard(browser: Any, file: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    opened(browser, file, 1400, "light")
+    label = "return document.querySelector('[data-chart=weight-histogram]').getAttribute('aria-label')"
+    assert "layer1.0.conv1 in APoT 3 bits" in browser.execute_script(label)
+    browser.find_element(By.CSS_SELECTOR, '[data-select="layer"]').send_keys(Keys.ARROW_DOWN)
+    drawn(browser, 2)
+    assert "layer1.0.conv2 in APoT 3 bits" in browser.execute_script(label)
+    spectrum = browser.find_element(By.CSS_SELECTOR, '[data-chart="spectrum"]')
+    assert not spectrum.is_displayed()
+    browser.find_element(By.CSS_SELECTOR, '[data-select="run"]').send_keys(Keys.ARROW_DOWN)
+    drawn(browser, 3)
+    assert spectrum.is_displayed()
+    lines = "return document.querySelectorAll('[data-chart=error] path[aria-roledescription=\"line mark\"]').length"
+    before = browser.execute_script(lines)
+    browser.find_element(By.CSS_SELECTOR, '[data-show="0"]').send_keys(Keys.SPACE)
+    drawn(browser, 4)
+    assert browser.execute_script(lines) == before - 2 > 0  # one network's training and test line
+    head = browser.find_element(By.CSS_SELECTOR, '#costs [data-of-run="2"] thead th:nth-child(4) button')
+    column = "document.querySelectorAll('#costs [data-of-run=\"2\"] tbody td:nth-child(4)')"
+    cells = f"return [...{column}].map((cell) => cell.dataset.value)"
+    for order in (sorted, lambda values: sorted(values, reverse=True)):
+        head.send_keys(Keys.ENTER)
+        values = [int(value) for value in browser.execute_script(cells)]
+        assert values == order(values)
+    assert said(browser) == []
