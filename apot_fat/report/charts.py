@@ -103,7 +103,8 @@ def write_figures(
 
     written = []
     for name, spec in drawn:
-        files = {".svg": vl_convert.vegalite_to_svg(spec).encode(), ".png": vl_convert.vegalite_to_png(spec, scale=2)}
+        svg = vl_convert.vegalite_to_svg(spec)
+        files = {".svg": svg.encode(), ".png": vl_convert.svg_to_png(svg, scale=2)}
         for suffix, content in files.items():
             path = folder / f"{name}{suffix}"
             with atomic_write(path) as temporary:
