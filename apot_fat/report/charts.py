@@ -136,7 +136,7 @@ def figures(report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
 def rows_of(report: Report, chart: Chart) -> list[dict[str, Any]]:
     """The rows that a chart draws, of every run and layer."""
     if chart.tables == ("runs",):
-        left_out = ("notes", "recipe", "input_shape")
+        left_out = ("notes", "recipe", "environment", "input_shape")
         runs = report.data["runs"]
         rows = [{"run": run["id"], **{k: v for k, v in run.items() if k not in left_out}} for run in runs]
     else:

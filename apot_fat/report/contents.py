@@ -6,11 +6,9 @@ Measured numbers are rounded to 6 significant digits; what is not finite or not 
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,12 @@ from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.report.cost import CostReport, cost_report
 from apot_fat.report.measure import Distribution, LayerMeasure, measure_layers, weight_layers
 from apot_fat.report.subject import Images, Subject, input_shape, load_images
+from apot_fat.training.environment import environment
 
 MOST_EPOCHS = 100  # of thresholds over time: every layer's, so thinned out
 BATCH = 100
 PALETTES = ("fp32", "apot", "fat", "uniform", "fourth", "fifth")
 _METHOD_NAMES = {"apot": "APoT", "fat": "FAT"}
-_PACKAGES = ("apot-fat", "torch", "torchvision", "numpy")
 
 Columns = dict[str, list[Any]]
 
@@ -36,8 +34,8 @@ class Report:
     """A report's contents.
 
     Args:
-        data: what the page embeds: ``runs`` (one dict each), ``layers_named``, and the tables ``epochs``,
-            ``thresholds``, ``layers``, ``bins``, ``levels``, ``frequencies`` and ``costs``.
+        data: what the page embeds: ``runs`` (one dict each), ``layers_named``, ``environment``, and the tables
+            ``epochs``, ``thresholds``, ``layers``, ``bins``, ``levels``, ``frequencies`` and ``costs``.
         subjects: what it is about, in the order of ``runs``.
     """
 
@@ -94,18 +92,9 @@ def build_report(
             _add(tables, "costs", {"run": run, **asdict(row), "float_share": row.float_share})
     for table in ("epochs", "thresholds", "layers", "bins", "levels", "frequencies", "costs"):
         tables.setdefault(table, {"run": []})
-    content = {"runs": runs, "layers_named": named, "environment": environment(), **tables}
+    made = environment(torch.device("cpu")) | {"made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
+    content = {"runs": runs, "layers_named": named, "environment": made, **tables}
     return Report(content, tuple(subjects))
-
-
-def environment() -> dict[str, str]:
-    """Where and when a report is made: versions, machine, time (UTC)."""
-    return {
-        "Python": platform.python_version(),
-        **{name: version(name) for name in _PACKAGES},
-        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
-        "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-    }
 
 
 def _run(
@@ -153,6 +142,7 @@ def _run(
         "input_sqnr": _mean([m.input.sqnr for m in measures if m.input is not None and m.act_alpha is not None]),
         "notes": notes,
         "recipe": config.to_dict() if subject.trained else {},
+        "environment": subject.environment,
     }
 
 
@@ -165,6 +155,8 @@ def _notes(subject: Subject, images: Images | str) -> dict[str, str]:
         notes["thresholds"] = f"No thresholds over time: a {what} like this one holds the last ones only."
     if not subject.trained:
         notes["recipe"] = f"No recipe: this {what} does not record how it was trained."
+    if not subject.environment:
+        notes["environment"] = f"No environment: this {what} does not record what it was computed with."
     if isinstance(images, str):
         notes["inputs"] = images
     if subject.config.bit == FLOAT_BITS:

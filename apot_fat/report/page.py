@@ -277,30 +277,24 @@ def _run_select(runs: Sequence[dict[str, Any]]) -> str:
 
 def _recipes(report: Report) -> str:
     runs = report.data["runs"]
-    trained = [run for run in runs if run["recipe"]]
-    parts = [_said(runs, "recipe")]
-    if trained:
-        names = list(dict.fromkeys(name for run in trained for name in run["recipe"]))
-        head = "".join(f'<th scope="col" class="text">{escape(run["label"])}</th>' for run in trained)
-        lines = []
-        for name in names:
-            values = [_plain(run["recipe"].get(name)) for run in trained]
-            cells = "".join(f'<td class="text wrap">{escape(value)}</td>' for value in values)
-            lines.append(f'<tr><th scope="row" class="text">{escape(name)}</th>{cells}</tr>')
-        table = _table(
-            "Settings of the runs (config.toml)", f'<th scope="col" class="text">setting</th>{head}', "".join(lines)
-        )
-        parts.append(_scroll("Recipe", table))
-    environment = report.data["environment"].items()
-    lines = [
-        f'<tr><th scope="row" class="text">{escape(k)}</th><td class="text">{escape(v)}</td></tr>'
-        for k, v in environment
-    ]
-    head = '<th scope="col" class="text">what</th><th scope="col" class="text">value</th>'
-    parts.append(
-        _scroll("Environment", _table("Where this report was made; runs do not record theirs.", head, "".join(lines)))
-    )
+    recipes = {run["label"]: run["recipe"] for run in runs if run["recipe"]}
+    environments = {run["label"]: run["environment"] for run in runs if run["environment"]}
+    environments["this report"] = report.data["environment"]
+    parts = [_said(runs, "recipe"), _said(runs, "environment")]
+    parts += [_columns("Recipe", "Settings of the runs (config.toml).", recipes)] if recipes else []
+    parts.append(_columns("Environment", "What runs and this report were computed with.", environments))
     return "".join(parts)
+
+
+def _columns(label: str, caption: str, columns: Mapping[str, Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    head = "".join(f'<th scope="col" class="text">{escape(title)}</th>' for title in ("setting", *columns))
+    lines = []
+    for name in names:
+        values = [_plain(column.get(name)) for column in columns.values()]
+        cells = "".join(f'<td class="text wrap">{escape(value)}</td>' for value in values)
+        lines.append(f'<tr><th scope="row" class="text">{escape(name)}</th>{cells}</tr>')
+    return _scroll(label, _table(escape(caption), head, "".join(lines)))
 
 
 def _table(caption: str, head: str, body: str, foot: str = "") -> str:

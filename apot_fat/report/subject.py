@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Subject:
         history: one row an epoch, as in ``metrics.jsonl``; empty but for runs.
         recorded: best top-1 that the file records, %, or None.
         trained: whether ``config`` is a run's, with its recipe.
+        environment: what a run was computed with, as its checkpoint records it; else empty.
         group: which of the report's paths it came with, from 0.
     """
 
@@ -57,6 +58,7 @@ class Subject:
     history: tuple[dict[str, Any], ...]
     recorded: float | None
     trained: bool
+    environment: dict[str, str] = field(default_factory=dict)
     group: int = 0
 
     @property
@@ -159,8 +161,9 @@ def _run(folder: Path, group: int) -> Subject:
     config = run_config(content, folder / LAST)
     if not content["history"]:
         raise ValueError(f"{folder}: the run has finished no epoch yet; go on with --resume auto")
-    weights = read_checkpoint(folder / BEST) if (folder / BEST).is_file() else content
-    return Subject(folder, "run", config, _model(config, weights), tuple(content["history"]), None, True, group)
+    model = _model(config, read_checkpoint(folder / BEST) if (folder / BEST).is_file() else content)
+    made = content.get("environment", {})
+    return Subject(folder, "run", config, model, tuple(content["history"]), None, True, made, group)
 
 
 def _checkpoint(path: Path, group: int, given: dict[str, Any]) -> Subject:
@@ -172,9 +175,8 @@ def _checkpoint(path: Path, group: int, given: dict[str, Any]) -> Subject:
         for name, value in given.items():
             if getattr(config, name) != value:
                 raise ValueError(f"checkpoint {path}: was run with {name} = {getattr(config, name)!r}, not {value!r}")
-        return Subject(
-            path, "checkpoint", config, _model(config, content), tuple(content["history"]), None, True, group
-        )
+        history, made = tuple(content["history"]), content.get("environment", {})
+        return Subject(path, "checkpoint", config, _model(config, content), history, None, True, made, group)
     named = _RUN_FOLDER.fullmatch(path.resolve().parent.name)
     known = {"arch": named["arch"], "bit": int(named["bits"])} if named else {}
     if not checkpoint_thresholds(content, f"checkpoint {path}"):
@@ -185,14 +187,15 @@ def _checkpoint(path: Path, group: int, given: dict[str, Any]) -> Subject:
             f"checkpoint {path}: records no network and lies in no <arch>_<bit>bit folder; give {' and '.join(missing)}"
         )
     config = TrainConfig.from_dict(known | given, f"checkpoint {path}")
-    return Subject(path, "checkpoint", config, _model(config, content), (), best_accuracy(content), False, group)
+    best = best_accuracy(content)
+    return Subject(path, "checkpoint", config, _model(config, content), (), best, False, group=group)
 
 
 def _packed(path: Path, group: int) -> Subject:
     model = load_packed(path)
     created: Any = model.created_as  # what load_packed built it from
     config = TrainConfig.from_dict({"arch": created["name"], "preset": created["preset"], "bit": created["bits"]})
-    return Subject(path, "packed", config, model, (), None, False, group)
+    return Subject(path, "packed", config, model, (), None, False, group=group)
 
 
 def _model(config: TrainConfig, content: dict[str, Any]) -> nn.Module:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from apot_fat import clipping_table, weight_deactivate_freq
+from apot_fat.checkpoint import read_checkpoint
 from apot_fat.quant import QuantConv2d, QuantLinear, preset
 from apot_fat.quant.layers import normalize_weight, quant_layers
 from apot_fat.report import cost_report
@@ -19,6 +20,7 @@ from apot_fat.report.contents import Report, build_report
 from apot_fat.report.measure import measure_input, measure_weight
 from apot_fat.report.subject import Images, load_images, load_subjects
 from apot_fat.training import summarize
+from apot_fat.training.run import LAST
 
 if TYPE_CHECKING:
     from tests.report.conftest import Demo
@@ -46,6 +48,7 @@ def test_runs_say_what_summaries_say(demo: Demo) -> None:
     assert [run["kind"] for run in runs] == ["run", "run", "run", "packed"]
     for run in runs[:3]:
         summary = summarize(Path(run["path"]))
+        assert run["environment"] == read_checkpoint(Path(run["path"]) / LAST)["environment"]
         for name in ("method", "bits", "best_epoch", "best_on", "epochs"):
             assert run[name] == getattr(summary, name), name
         for name in ("last", "best", "seconds"):
@@ -169,7 +172,16 @@ def test_what_cannot_be_shown_is_said(demo: Demo, tmp_path: Path) -> None:
     assert set(notes[FP32]) == {"levels", "spectrum"}
     assert set(notes[APOT]) == {"spectrum"}
     assert set(notes[FAT]) == set()
-    assert set(notes[PACKED]) == {"curves", "thresholds", "recipe", "inputs", "levels", "spectrum", "accuracy"}
+    assert set(notes[PACKED]) == {
+        "curves",
+        "thresholds",
+        "recipe",
+        "environment",
+        "inputs",
+        "levels",
+        "spectrum",
+        "accuracy",
+    }
     assert all(note.endswith(".") for of_run in notes for note in of_run.values())
     gone = replace(
         demo.report.subjects[FAT], config=replace(demo.report.subjects[FAT].config, data=str(tmp_path / "no"))
