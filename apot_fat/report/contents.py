@@ -23,8 +23,8 @@ from apot_fat.training.environment import environment
 
 MOST_EPOCHS = 100  # of thresholds over time: every layer's, so thinned out
 BATCH = 100
-PALETTES = ("fp32", "apot", "fat", "uniform", "fourth", "fifth")
-_METHOD_NAMES = {"apot": "APoT", "fat": "FAT"}
+PALETTES = ("fp32", "apot", "fat", "uniform", "lsq", "pact")
+_METHOD_NAMES = {"apot": "APoT", "fat": "FAT", "lsq": "LSQ", "pact": "PACT"}
 
 Columns = dict[str, list[Any]]
 
@@ -245,19 +245,17 @@ def _labels(subjects: Sequence[Subject]) -> list[str]:
 
 
 def _colors(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
-    # a hue for a method, shades of it for bits; a second path with the same method takes the next hue
-    hues: dict[tuple[int, str], str] = {}
-    shades: dict[str, int] = {}
+    # a hue for a method, shades of it for bits; the same method and bits once more take the next free hue
+    taken: list[tuple[str, int]] = []
     places = []
     for subject in subjects:
-        family = "fp32" if subject.config.bit == FLOAT_BITS else subject.config.preset_name.split("-")[0]
-        key = subject.group, family
-        if key not in hues:
-            free = [name for name in (family, *PALETTES[3:], *PALETTES[:3]) if name not in hues.values()]
-            hues[key] = free[0] if free else family
-        hue = hues[key]
-        places.append({"family": family, "hue": hue, "shade": shades.get(hue, 0) % 3})
-        shades[hue] = shades.get(hue, 0) + 1
+        bits = subject.config.bit
+        family = "fp32" if bits == FLOAT_BITS else subject.config.preset_name.split("-")[0]
+        used = {hue for hue, _ in taken}
+        free = [family, *(hue for hue in (*PALETTES[3:], *PALETTES[:3]) if hue not in used)]
+        hue = next((hue for hue in free if hue in PALETTES and (hue, bits) not in taken), PALETTES[0])
+        places.append({"family": family, "hue": hue, "shade": sum(other == hue for other, _ in taken) % 3})
+        taken.append((hue, bits))
     return places
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from apot_fat.quant.fake_quant import positive
 from apot_fat.quant.frequency import frequency_transform
 from apot_fat.quant.integers import integer_weight
+from apot_fat.quant.kernels import along_rows
 from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear, normalize_weight
 from apot_fat.quant.levels import LevelSet
 
@@ -44,7 +45,7 @@ class Distribution:
         zeros: share of values that are 0 before the quantizer, 0 to 1.
         histogram: of the values before the quantizer that are not 0.
         clipped: share of values beyond the clipping threshold, 0 to 1; None where there is none.
-        sqnr: signal-to-quantization-noise ratio in dB, 10 log10(Σ v² / Σ (v − q)²); None without noise or signal.
+        sqnr: signal-to-quantization-noise ratio, dB (``signal_to_noise``).
         levels: the values the quantizer can give, rising, in the values' unit; empty where the values stay float.
         shares: of each level, the share of values that land on it, 0 to 1.
     """
@@ -83,7 +84,7 @@ class LayerMeasure:
 
     Args:
         name: as in ``named_modules``.
-        weight_alpha, act_alpha: clipping thresholds as used; None where a side has none.
+        weight_alpha, act_alpha: clipping thresholds as used, of one a channel the mean; None where a side has none.
         weight: the weight just before projection (normalised, with FAT transformed), and its levels.
         input: the input, after the ReLU the layer does itself; None without images.
         spectrum: with FAT, else None.
@@ -128,16 +129,21 @@ def measure_layers(
 
 @torch.no_grad()
 def measure_weight(layer: nn.Conv2d | nn.Linear) -> Distribution:
-    """The weight of a layer, in the unit of its threshold, and the levels it lands on."""
+    """The weight of a layer before projection and the levels it lands on; with a threshold a channel in its unit."""
     if isinstance(layer, QuantConv2d | QuantLinear) and layer.weight_alpha is not None:
-        alpha = float(positive(layer.weight_alpha))
-        levels = _signed(layer.spec.weight_set, alpha)
-        return distribution(layer.transformed_weight(), layer.quantized_weight(), levels, alpha, signed=True)
+        w, q, alpha = layer.transformed_weight(), layer.quantized_weight(), positive(layer.weight_alpha)
+        if not alpha.dim():
+            levels = _signed(layer.spec.weight_set, float(alpha))
+            return distribution(w, q, levels, (levels[0], levels[-1]))
+        levels = _signed(layer.spec.weight_set, 1.0)
+        unit = along_rows(alpha.double(), w.dim())
+        found = distribution(w.double() / unit, q.double() / unit, levels, (levels[0], levels[-1]))
+        return replace(found, sqnr=signal_to_noise(w, q))
     integers = integer_weight(layer) if isinstance(layer, EightBitConv2d | EightBitLinear) else None
     if integers is None:
         return distribution(layer.weight, layer.weight)
     low, high = int(integers.numerators.min()), int(integers.numerators.max())
-    step = float(integers.scale) / integers.denominator
+    step = float(integers.unit(0))
     return distribution(layer.weight, layer.quantized_weight(), [n * step for n in range(low, high + 1)])  # type: ignore[operator]
 
 
@@ -151,45 +157,46 @@ def measure_input(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Distribution:
     value = F.relu(x) if layer.relu else x
     alpha, act_set, signed = float(positive(layer.act_alpha)), layer.spec.act_set, layer.spec.act_signed
     if signed:
-        return distribution(value, q, _signed(act_set, alpha), alpha, signed=True)
+        return distribution(value, q, _signed(act_set, alpha), (-alpha, alpha))
     step = alpha / act_set.denominator
     below = round(-min(float(q.min()), 0.0) / step)  # uniform levels go on below 0 where inputs are not clipped there
     levels = [-n * step for n in range(below, 0, -1)] + [level * alpha for level in act_set.levels]
-    return distribution(value, q, levels, alpha)
+    return distribution(value, q, levels, (-math.inf, alpha))
 
 
 def distribution(
-    value: Tensor,
-    quantized: Tensor,
-    levels: list[float] | None = None,
-    alpha: float | None = None,
-    *,
-    signed: bool = False,
+    value: Tensor, quantized: Tensor, levels: list[float] | None = None, bounds: tuple[float, float] | None = None
 ) -> Distribution:
     """What a quantizer makes of values.
 
     Args:
         value, quantized: before and after, one shape.
         levels: what it can give, rising; None where the values stay float.
-        alpha: clipping threshold, of magnitudes if ``signed``.
+        bounds: values outside are clipped; None where nothing is.
     """
     v, q = value.detach().double().flatten(), quantized.detach().double().flatten()
-    noise, signal = float((v - q).square().sum()), float(v.square().sum())
     shares: tuple[float, ...] = ()
     if levels:
         midpoints = torch.tensor([(a + b) / 2 for a, b in pairwise(levels)], dtype=torch.float64)
         counts = torch.bucketize(q, midpoints).bincount(minlength=len(levels))
         shares = tuple((counts.double() / max(len(q), 1)).tolist())
-    clipped = None if alpha is None else float(((v.abs() if signed else v) > alpha).double().mean())
+    outside = None if bounds is None else (v < bounds[0]) | (v > bounds[1])
     return Distribution(
         count=len(v),
         zeros=float((v == 0).double().mean()),
-        histogram=_histogram(v[v != 0], alpha or 0.0, signed),
-        clipped=clipped,
-        sqnr=10 * math.log10(signal / noise) if noise and signal else None,
+        histogram=_histogram(v[v != 0], [bound for bound in bounds or () if math.isfinite(bound)]),
+        clipped=None if outside is None else float(outside.double().mean()),
+        sqnr=signal_to_noise(v, q),
         levels=tuple(levels or ()),
         shares=shares,
     )
+
+
+def signal_to_noise(value: Tensor, quantized: Tensor) -> float | None:
+    """10 log10(Σ v² / Σ (v − q)²), dB; None without noise or signal."""
+    v, q = value.detach().double(), quantized.detach().double()
+    noise, signal = float((v - q).square().sum()), float(v.square().sum())
+    return 10 * math.log10(signal / noise) if noise and signal else None
 
 
 @torch.no_grad()
@@ -236,11 +243,13 @@ def _measure_inputs(model: nn.Module, images: Tensor) -> dict[str, Distribution]
     return measured
 
 
-def _histogram(v: Tensor, alpha: float, signed: bool) -> Histogram:
-    reach = torch.tensor([-alpha if signed else 0.0, alpha], dtype=torch.float64)
-    low, high = (float(end) for end in torch.cat([v, reach]).aminmax())
+def _histogram(v: Tensor, reach: list[float]) -> Histogram:
+    ends = torch.cat([v, torch.tensor(reach, dtype=torch.float64)])
+    if not len(ends):
+        return Histogram(0.0, 1.0, ())
+    low, high = (float(end) for end in ends.aminmax())
     if high <= low:
-        return Histogram(low, 1.0, ())
+        low, high = low - 0.5, high + 0.5
     step = float(f"{(high - low) / BINS:.3g}")  # round edges: a page names them
     first = math.floor(low / step)
     bins = torch.floor(v / step).long() - first
@@ -249,9 +258,8 @@ def _histogram(v: Tensor, alpha: float, signed: bool) -> Histogram:
 
 
 def _signed(levels: LevelSet, alpha: float) -> list[float]:
-    magnitudes = [level * alpha for level in levels.levels]
-    return [-m for m in magnitudes[:0:-1]] + magnitudes
+    return [n / levels.denominator * alpha for n in levels.signed_numerators]
 
 
 def _number(alpha: Any) -> float | None:
-    return None if alpha is None else float(positive(alpha.detach()))
+    return None if alpha is None else float(positive(alpha.detach()).mean())

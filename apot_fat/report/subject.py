@@ -20,11 +20,11 @@ from apot_fat.checkpoint import (
     read_checkpoint,
     read_newest,
 )
-from apot_fat.models import create_model, find_architecture
+from apot_fat.models import find_architecture
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.loop import Result, evaluate
-from apot_fat.training.run import BEST, LAST, best_index, load_config_dataset, make_batches, run_config
+from apot_fat.training.run import BEST, LAST, best_index, create_network, load_config_dataset, make_batches, run_config
 
 PACKED_SUFFIX = ".safetensors"
 IMAGE_SIZES = {"cifar10": 32, "imagenet": 224}  # pixels, of the data sets of the papers
@@ -200,7 +200,7 @@ def _packed(path: Path, group: int) -> Subject:
 
 def _model(config: TrainConfig, content: dict[str, Any]) -> nn.Module:
     outputs = num_outputs(content)
-    return load_weights(create_model(config.arch, config.preset, config.bit, outputs), content).eval()
+    return load_weights(create_network(config, outputs), content).eval()
 
 
 def _at_hand(config: TrainConfig) -> bool:

@@ -208,6 +208,33 @@ def test_accuracy_is_measured_on_named_images(demo: Demo, shared_npz: tuple[Path
     assert (run["images"], run["batch"]) == (21, 21)
 
 
+def test_a_released_checkpoint(reference: Path) -> None:
+    path = reference / "reference/released/res20_3bit/model_best.pth.tar"
+    report = build_report(load_subjects(path))
+    (run,) = report.data["runs"]
+    assert (run["label"], run["best"], run["packed_bytes"]) == ("APoT 3 bits", 92.51, 115_008)
+    assert run["notes"]["inputs"] == "No images: this file names none. Name some with --data."
+    first = report.rows("layers")[1]
+    assert (round(first["weight_alpha"], 3), round(first["act_alpha"], 3)) == (1.569, 1.438)
+
+
+@pytest.mark.parametrize("name", ["lsq", "pact"])
+def test_levels_that_hold_their_negatives_and_thresholds_a_channel(name: str) -> None:
+    layer = QuantLinear(8, 3, spec=preset(name, bits=3, weight_per_channel=True))
+    assert layer.weight_alpha is not None
+    w, q = layer.transformed_weight().detach().double(), layer.quantized_weight().detach().double()
+    alpha = layer.weight_alpha.detach().double()[:, None]
+    found = measure_weight(layer)
+    assert found.levels == pytest.approx(
+        [n / layer.spec.weight_set.denominator for n in layer.spec.weight_set.numerators]
+    )
+    counted = [((q / alpha - level).abs() < 1e-5).double().mean().item() for level in found.levels]
+    assert found.shares == pytest.approx(counted)
+    assert found.sqnr == pytest.approx(sqnr(w.numpy(), q.numpy()))
+    outside = (w / alpha > found.levels[-1]) | (w / alpha < found.levels[0])
+    assert found.clipped == pytest.approx(outside.double().mean().item())
+
+
 def test_a_layer_by_hand() -> None:
     spec = preset("uniform-mobilenet", bits=3, weight_norm="none", weight_alpha=3.0, act_alpha=7.0)
     layer = QuantLinear(4, 2, bias=False, spec=spec)
