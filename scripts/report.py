@@ -8,9 +8,9 @@ from tqdm import tqdm
 
 from apot_fat.checkpoint import atomic_write
 from apot_fat.command_line import OneLineParser, log, run_main
+from apot_fat.quant.measure import weight_layers
 from apot_fat.report.charts import figures, write_figures
 from apot_fat.report.contents import build_report
-from apot_fat.report.measure import weight_layers
 from apot_fat.report.page import page
 from apot_fat.report.subject import load_subjects
 

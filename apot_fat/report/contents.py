@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from apot_fat.models import find_architecture
+from apot_fat.quant.measure import Distribution, LayerMeasure, measure_layers, weight_layers
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.report.cost import CostReport, cost_report
-from apot_fat.report.measure import Distribution, LayerMeasure, measure_layers, weight_layers
 from apot_fat.report.subject import Images, Subject, input_shape, load_images
 from apot_fat.training.environment import environment
 

@@ -13,7 +13,6 @@ import numpy as np
 import tomli_w
 import torch
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from apot_fat.checkpoint import (
     TORCHVISION,
@@ -41,6 +40,7 @@ from apot_fat.quant.diagnosis import odd_layers
 from apot_fat.quant.layers import clipping_table, keep_thresholds_positive, quant_layers
 from apot_fat.quant.thresholds import initialize_thresholds
 from apot_fat.training.averaging import WeightAverage
+from apot_fat.training.board import Board
 from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device
@@ -203,7 +203,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
                     log.warning("epoch %d: %s", epoch, sentence)
             history.append(_metrics(epoch, optimizer, tested_model, trained, tested, held_out))
             history[-1]["seconds"] += averaging_seconds
-            records.save(trackers, history)
+            records.save(trackers, history, saver.test_batch)
             saver.stop_if_asked(saved=True)
     return _summary(folder, config, history)
 
@@ -248,7 +248,7 @@ class _Records:
     def __init__(self, folder: Path, config: TrainConfig, processes: Processes, history: list[dict[str, Any]]) -> None:
         self.folder, self.config, self.processes = folder, config, processes
         self.done = list(history)
-        self.board: SummaryWriter | None = None
+        self.board: Board | None = None
 
     def __enter__(self) -> _Records:
         if self.processes.is_first:
@@ -258,7 +258,7 @@ class _Records:
                 temporary.write_text(tomli_w.dumps(self.config.to_dict()), encoding="utf-8")
             with atomic_write(self.folder / METRICS) as temporary:  # without rows of an epoch that was not saved
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in self.done), encoding="utf-8")
-            self.board = SummaryWriter(str(self.folder), purge_step=len(self.done))
+            self.board = Board(self.folder, self.config, len(self.done))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -274,13 +274,13 @@ class _Records:
             write_checkpoint(checkpoint, self.folder / LAST, keep_before=True)
         wait_for_all()
 
-    def save(self, trackers: dict[str, Any], history: list[dict[str, Any]]) -> None:
-        """Record the epoch just ended; every process waits until its files are there."""
+    def save(self, trackers: dict[str, Any], history: list[dict[str, Any]], images: torch.Tensor | None = None) -> None:
+        """Record the epoch just ended, the last images tested; every process waits until its files are there."""
         rng = gather_objects(_rng_state())
         if self.board is not None:
             row, best = history[-1], best_index(history)
             log.info("best acc: %f", history[best][_selection_key(history)])
-            _write_board(self.board, row, _tested(trackers), self.config, row["epoch"] - 1)
+            self.board.write(row, _tested(trackers), images, row["epoch"] - 1)
             checkpoint = _checkpoint(self.config, trackers, history, rng)
             if best == len(history) - 1:
                 write_checkpoint(checkpoint, self.folder / BEST)
@@ -557,19 +557,3 @@ def _metrics(
     row["layers"] = {layer.name: asdict(layer) for layer in clipping_table(model)}
     row["seconds"] = trained.seconds + tested.seconds + (held_out.seconds if held_out else 0.0)
     return row
-
-
-def _write_board(board: SummaryWriter, row: dict[str, Any], model: nn.Module, config: TrainConfig, epoch: int) -> None:
-    for part in ("train", "test", "val"):
-        if f"{part}_loss" in row:
-            board.add_scalar(f"loss/{part}", row[f"{part}_loss"], epoch)
-            board.add_scalar(f"{part}_acc", row[f"{part}_top1"], epoch)
-    for name, value in row["lr"].items():
-        board.add_scalar(f"lr/{name}", value, epoch)
-    for name, layer in row["layers"].items():
-        for quantity in ("weight_alpha", "act_alpha", "mask_max", "mask_min"):
-            if layer[quantity] is not None:
-                board.add_scalar(f"{quantity}/{name}", layer[quantity], epoch)
-    if config.histogram_every and (epoch % config.histogram_every == 0 or epoch + 1 == config.epochs):
-        for name, module in quant_layers(model):
-            board.add_histogram(f"weight/{name}", module.transformed_weight().detach(), epoch)

@@ -15,9 +15,9 @@ from apot_fat import clipping_table, weight_deactivate_freq
 from apot_fat.checkpoint import read_checkpoint
 from apot_fat.quant import QuantConv2d, QuantLinear, preset
 from apot_fat.quant.layers import normalize_weight, quant_layers
+from apot_fat.quant.measure import measure_input, measure_weight
 from apot_fat.report import cost_report
 from apot_fat.report.contents import Report, build_report
-from apot_fat.report.measure import measure_input, measure_weight
 from apot_fat.report.subject import Images, load_images, load_subjects
 from apot_fat.training import summarize
 from apot_fat.training.run import LAST

@@ -9,11 +9,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from apot_fat.checkpoint import read_checkpoint, write_checkpoint
+from apot_fat.checkpoint import load_weights, read_checkpoint, write_checkpoint
 from apot_fat.models import create_model
+from apot_fat.quant import QuantConv2d
 from apot_fat.training import TrainConfig, read_recipe, summarize, train, train_chain
 from apot_fat.training.device import choose_device
-from apot_fat.training.run import BEST, CONFIG, LAST, METRICS
+from apot_fat.training.run import BEST, CONFIG, LAST, METRICS, create_network
 
 
 def tiny(tiny_npz: tuple[Path, Path], output: Path, **values: Any) -> TrainConfig:
@@ -36,7 +37,18 @@ def test_a_run_folder_holds_what_is_promised(tiny_npz: tuple[Path, Path], tmp_pa
         assert tag in tags["scalars"]
     for tag in ("weight_alpha", "act_alpha", "mask_max", "mask_min"):
         assert f"{tag}/layer1.0.conv1" in tags["scalars"]
+    for tag in ("weight_sqnr_db", "weight_clipped", "act_sqnr_db", "act_clipped"):
+        assert f"{tag}/layer1.0.conv1" in tags["scalars"]
     assert "weight/layer1.0.conv1" in tags["histograms"]
+    assert "levels" in tags["images"]
+    board = EventAccumulator(str(folder)).Reload()
+    assert "_hparams_/session_start_info" in board.summary_metadata
+    model = load_weights(create_network(config, 3), folder / LAST)
+    layer = model.get_submodule("layer1.0.conv1")
+    assert isinstance(layer, QuantConv2d)
+    u, q = layer.transformed_weight().double(), layer.quantized_weight().double()
+    sqnr = 10 * torch.log10(u.square().sum() / (u - q).square().sum())
+    assert board.Scalars("weight_sqnr_db/layer1.0.conv1")[-1].value == pytest.approx(sqnr.item(), rel=1e-5)
     best = read_checkpoint(folder / BEST)
     assert {"state_dict", "epoch", "best_prec", "arch"} <= best.keys()
     assert best["epoch"] == summary.best_epoch

@@ -118,7 +118,7 @@ def measure_layers(
         progress: told of each layer as it is done.
     """
     model.eval()
-    inputs = {} if images is None else _measure_inputs(model, images)
+    inputs = {} if images is None else measure_inputs(model, images)
     measures = []
     for name, layer in weight_layers(model):
         alphas = (_number(getattr(layer, "weight_alpha", None)), _number(getattr(layer, "act_alpha", None)))
@@ -224,7 +224,14 @@ def measure_spectrum(layer: nn.Module) -> Spectrum | None:
     )
 
 
-def _measure_inputs(model: nn.Module, images: Tensor) -> dict[str, Distribution]:
+@torch.no_grad()
+def measure_inputs(model: nn.Module, images: Tensor) -> dict[str, Distribution]:
+    """The input of every convolution and linear layer by name; of one that runs more than once the first.
+
+    Args:
+        model: any network; measured in evaluation mode, and left in its own.
+        images: a normalised batch (N, C, H, W).
+    """
     measured: dict[str, Distribution] = {}
 
     def measuring(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
@@ -235,9 +242,11 @@ def _measure_inputs(model: nn.Module, images: Tensor) -> dict[str, Distribution]
         return measure
 
     hooks = [layer.register_forward_pre_hook(measuring(name)) for name, layer in weight_layers(model)]
+    was_training = model.training
     try:
-        model(images)
+        model.eval()(images)
     finally:
+        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return measured
