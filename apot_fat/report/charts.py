@@ -377,7 +377,8 @@ def _sqnr_by_layer() -> Chart:
 
 def _histogram(side: str) -> Chart:
     word = "Weights" if side == "weight" else "Inputs"
-    unit = "weight before projection (normalised, with FAT transformed)" if side == "weight" else "input of the layer"
+    unit = "weight before projection" if side == "weight" else "input of the layer"
+    as_they_are = " (normalised, and with FAT transformed)" if side == "weight" else ""
     tips = [_tip("low", "from", form=".4g"), _tip("high", "to", form=".4g"), _tip("count", "count", form=",")]
     bars = {
         "mark": {"type": "bar", "binSpacing": 0, "opacity": 0.8},
@@ -404,8 +405,8 @@ def _histogram(side: str) -> Chart:
     return Chart(
         f"{side}-histogram",
         f"{word}, histogram",
-        f"Bars: histogram of the {word.lower()} of {{layer}} in {{run}}, zeros left out; grey rules: its levels, "
-        "the outermost at the clipping threshold.",
+        f"Bars: histogram of the {word.lower()} of {{layer}} in {{run}}{as_they_are}, zeros left out; grey rules: "
+        "levels, the outermost at the clipping threshold.",
         spec,
         ("bins", "levels"),
         ("count", "level"),

@@ -196,8 +196,8 @@ def _legend(runs: Sequence[dict[str, Any]]) -> str:
 
 def _accuracy_section(charts: Sequence[Chart], runs: Sequence[dict[str, Any]]) -> str:
     alone = '<p class="note">Drawn for two or more networks whose accuracy is known; a single one stands above.</p>'
-    is_drawn = any(chart.note == "accuracy" for chart in charts)
-    return _figures(charts, runs, ("accuracy",)) + ("" if is_drawn else alone)
+    known = sum("accuracy" not in run["notes"] for run in runs)
+    return _figures(charts, runs, ("accuracy",)) + (alone if known == 1 else "")
 
 
 def _figures(charts: Sequence[Chart], runs: Sequence[dict[str, Any]], notes: tuple[str, ...]) -> str:
