@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := apot_fat models scripts tests
 DEMO := result/demo
 
-.PHONY: demo test lint types check clean
+.PHONY: demo figures test lint types check clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,6 +18,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python scripts/progressive.py --config configs/digits/resnet20_apot.toml --output $(DEMO)
 	$(BIN)/python scripts/progressive.py --config configs/digits/resnet20_fat.toml --bits 4,3 \
 		--init $(DEMO)/resnet20_32bit/model_best.pth.tar --output $(DEMO)
+
+# the figures of README.md and checkpoints/README.md
+figures: demo
+	cp $(DEMO)/progressive.png .github/demo.png
+	$(BIN)/python scripts/sweep.py --table checkpoints/cifar10_ablation.csv --figure .github/ablation.png > /dev/null
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2

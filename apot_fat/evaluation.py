@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from apot_fat.checkpoint import fetch_released, load_weights, num_outputs, read_checkpoint
+from apot_fat.checkpoint import fetch_released, load_packed, load_weights, num_outputs, read_checkpoint
 from apot_fat.command_line import Request, log
 from apot_fat.models import find_architecture
 from apot_fat.quant.layers import show_params
@@ -17,6 +18,7 @@ from apot_fat.training.device import choose_device
 from apot_fat.training.loop import Result, evaluate
 from apot_fat.training.run import BEST, create_network, load_config_dataset, make_batches
 
+PACKED_SUFFIX = ".safetensors"
 PUBLISHED_ARCH = "res20"  # what the published evaluation line leaves out
 
 
@@ -35,18 +37,41 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
 def evaluate_request(request: Request) -> Result:
     """Evaluate what a command line names and print the published lines: test log, precision, thresholds.
 
-    One of our checkpoints knows its network, bits and data; a released one is on CIFAR-10 unless told.
+    One of our checkpoints knows its network, bits and data; a packed file its network and bits; a released one is on
+    CIFAR-10 unless told.
 
     Raises:
         ValueError: no such checkpoint, one of another network, or bits that are neither recorded nor given.
     """
     if request.options.released:
         entry, path = fetch_released(request.options.released, request.options.cache)
-        for name, value in (("arch", entry.arch), ("preset", entry.preset), ("bit", entry.bits)):
-            request.given.setdefault(name, value)
+        for name, value in (("arch", entry.arch), ("preset", entry.preset), ("bit", entry.bits), ("data", entry.data)):
+            if value:
+                request.given.setdefault(name, value)
         log.info("%s: published top-1 %.2f%%", entry.name, entry.top1)
     else:
         path = _checkpoint_path(request)
+    if path.suffix == PACKED_SUFFIX:
+        config, classes, model = _read_packed(path, request)
+    else:
+        config, classes, model = _read_checkpoint(path, request)
+    device = choose_device(config.device, config.gpu)
+    dataset = load_config_dataset(config, need_train=False)
+    if int(dataset.test.labels_N.max()) >= classes:
+        raise ValueError(f"checkpoint {path}: has {classes} outputs, {dataset.name} has {len(dataset.classes)} classes")
+    model.to(device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    result = evaluate(
+        model, make_batches(config, dataset.test, device), amp=config.amp, log=log.info, print_freq=config.print_freq
+    )
+    log.info(" * Prec %.3f%%", result.top1)
+    log.info("%d of %d images correct (%s, test)", result.correct, result.total, dataset.name)
+    show_params(model)
+    return result
+
+
+def _read_checkpoint(path: Path, request: Request) -> tuple[TrainConfig, int, nn.Module]:
     content = read_checkpoint(path)
     recorded = content.get("config")
     if isinstance(recorded, dict):
@@ -63,21 +88,17 @@ def evaluate_request(request: Request) -> Result:
         published: dict[str, Any] = {"arch": PUBLISHED_ARCH, **request.given}
         published.setdefault("data", find_architecture(published["arch"]).dataset)
         config = TrainConfig.from_dict(published, "command line")
-    device = choose_device(config.device, config.gpu)
-    dataset = load_config_dataset(config, need_train=False)
     classes = num_outputs(content, f"checkpoint {path}")
-    if int(dataset.test.labels_N.max()) >= classes:
-        raise ValueError(f"checkpoint {path}: has {classes} outputs, {dataset.name} has {len(dataset.classes)} classes")
-    model = load_weights(create_network(config, classes), path).to(device)
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
-    result = evaluate(
-        model, make_batches(config, dataset.test, device), amp=config.amp, log=log.info, print_freq=config.print_freq
-    )
-    log.info(" * Prec %.3f%%", result.top1)
-    log.info("%d of %d images correct (%s, test)", result.correct, result.total, dataset.name)
-    show_params(model)
-    return result
+    return config, classes, load_weights(create_network(config, classes), content)
+
+
+def _read_packed(path: Path, request: Request) -> tuple[TrainConfig, int, nn.Module]:
+    model = load_packed(path)
+    made: dict[str, Any] = model.created_as  # type: ignore[assignment]
+    recorded = {"arch": made["name"], "preset": made["preset"], "bit": made["bits"]}
+    given = {name: value for name, value in request.given.items() if name not in recorded}
+    given.setdefault("data", find_architecture(made["name"]).dataset)
+    return TrainConfig.from_dict({**recorded, **given}, f"packed file {path}"), made["num_classes"], model
 
 
 def next_higher_checkpoint(config: TrainConfig) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from apot_fat.command_line import make_parser, parse_values, run_main
+from apot_fat.command_line import log, make_parser, parse_values, run_main
 from apot_fat.report import draw_sweep, seeds_table, sweep_table
 from apot_fat.report.sweep import MEASURES
 from apot_fat.training.distributed import launched
@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         "sweep", nargs="?", metavar="SWEEP.toml", help="what to run; options given beside it come over it"
     )
     parser.add_argument("--table", metavar="FILE.csv", help="print the tables of stored results and run nothing")
+    parser.add_argument("--figure", metavar="FILE.png", help="with --table: where to draw them")
     parser.add_argument("--baseline", metavar="RECIPE", help="what gains are over (default: the sweep's, or published)")
     parser.add_argument(
         "--by", metavar="MEASURE", default="top1", help=f"{', '.join(MEASURES)}: what the tables show (default: top1)"
@@ -39,7 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     if options.by not in MEASURES:
         raise ValueError(f"--by {options.by!r}: choose one of {', '.join(MEASURES)}")
     if options.table:
-        print_tables(read_results(options.table), options.baseline or "published", options.by)
+        stored, baseline = read_results(options.table), options.baseline or "published"
+        print_tables(stored, baseline, options.by)
+        if options.figure:
+            log.info("figure: %s", draw_sweep(stored, Path(options.figure), baseline, options.by))
         return
     if not options.config:
         raise ValueError("no sweep: name a file of configs/sweeps/ with --config, or stored results with --table")

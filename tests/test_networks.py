@@ -49,8 +49,6 @@ NETWORKS = {
 }
 # FAT's products with a (4096, 4096) transform take minutes here
 EXCLUDED = {("vgg11_bn", "fat"): ["classifier.*"]}
-# Untrained, with inputs that a value on a threshold upsets: PyTorch in float64 differs from itself in float32 as much
-ON_THRESHOLDS = ("timm swin_tiny",)
 SMALL = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "timm vit_tiny")
 ALL = [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in NETWORKS]
 
@@ -81,11 +79,9 @@ def test_a_network_is_converted_trained_and_packed(name: str, method: str, tmp_p
         torch.testing.assert_close(loaded(x), model(x), atol=0, rtol=0)
     report = "onnxruntime is not installed"
     if importlib.util.find_spec("onnxruntime"):
-        limit = 1.0 if name in ON_THRESHOLDS else None
-        inputs = torch.randn(15, 3, 64, 64)  # the median leaves out those with a value within rounding of a threshold
-        error = export_onnx(model, tmp_path / "float.onnx", (3, 64, 64), verify_with=inputs, max_error=limit).error
-        assert error < 1e-4 or name in ON_THRESHOLDS
-        report = f"{error:.1e}"
+        # more than a few: where a value lies within rounding of a threshold, PyTorch in float64 differs from itself too
+        written = export_onnx(model, tmp_path / "float.onnx", (3, 64, 64), verify_with=torch.randn(15, 3, 64, 64))
+        report = f"{written.error:.1e} (allowed: {written.max_error:.1e})"
     left = Counter(row.note for row in done.rows if not row.is_quantized)
     full = 4 * sum(parameter.numel() for parameter in float_network.parameters())
     print(f"\n{name} | {method} | {len(done.converted)} | {dict(left) or 'nothing'} | {size / full:.3f} | {report}")

@@ -1,4 +1,4 @@
-"""Weights that others released: torchvision's fp32 networks, and the checkpoints of both papers (the manifest)."""
+"""Released weights: torchvision's fp32 networks, the checkpoints of both papers, and our packed ones (the manifest)."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ MANIFEST = Path(__file__).resolve().parents[2] / "checkpoints" / "manifest.toml"
 
 @dataclass(frozen=True)
 class Released:
-    """One published checkpoint.
+    """One checkpoint of the manifest: published by the papers' authors, or packed here.
 
     Args:
         name: what ``--released`` takes.
         address: where it is published; empty where only a folder of several is (``page``).
         arch: its network, as spelled by its authors.
         preset, bits: how it is quantized.
-        top1: published accuracy, %.
+        top1: published accuracy, %; of ours that on the test images of ``data``.
         sha256: of the file measured here; empty where none has been.
         page: where a person finds it.
+        file: ours: the packed file beside the manifest.
+        data: the images of ``top1``; empty for those of the papers.
     """
 
     name: str
@@ -43,10 +45,12 @@ class Released:
     top1: float
     sha256: str = ""
     page: str = ""
+    file: str = ""
+    data: str = ""
 
 
 def read_manifest(path: Path = MANIFEST) -> dict[str, Released]:
-    """The published checkpoints by name.
+    """The checkpoints of the manifest by name.
 
     Raises:
         ValueError: no manifest there, an unknown key or a missing one.
@@ -68,7 +72,7 @@ def read_manifest(path: Path = MANIFEST) -> dict[str, Released]:
 
 
 def fetch_released(name: str, cache: str | os.PathLike[str] | None = None) -> tuple[Released, Path]:
-    """A published checkpoint's file: from the cache, or downloaded into it with a bar and verified.
+    """The file of a checkpoint of the manifest: ours, or from the cache, or downloaded into it with a bar; verified.
 
     Args:
         name: a name of the manifest.
@@ -85,7 +89,7 @@ def fetch_released(name: str, cache: str | os.PathLike[str] | None = None) -> tu
         raise ValueError(f"no released checkpoint {name!r}{nearest(name, manifest)}: choose {', '.join(manifest)}")
     entry = manifest[name]
     folder = Path(cache) if cache else Path(torch.hub.get_dir()) / "apot-fat"
-    path = folder / f"{name}.pth.tar"
+    path = MANIFEST.parent / entry.file if entry.file else folder / f"{name}.pth.tar"
     source = entry.address or entry.page
     if not path.is_file():
         if not entry.address:

@@ -7,6 +7,7 @@ import pytest
 from apot_fat.report import draw_sweep, seeds_table, sweep_table
 from apot_fat.training.results import ResultRow, read_results, write_results
 
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 STORED = """\
 recipe,method,bits,seed,epochs,top1,best,val_top1,seconds
 published,apot-cifar,4,0,2,90.000,90.500,89.000,10.00
@@ -44,6 +45,13 @@ def test_tables_are_those_of_the_stored_results(rows: list[ResultRow], tmp_path:
     write_results(rows, tmp_path / "again.csv")
     assert (tmp_path / "again.csv").read_text() == STORED
     assert draw_sweep(rows, tmp_path / "results.png").stat().st_size > 1000
+
+
+def test_the_published_tables_are_those_of_the_stored_results() -> None:
+    stored = read_results(CHECKPOINTS / "cifar10_ablation.csv")
+    text = (CHECKPOINTS / "README.md").read_text(encoding="utf-8")
+    for table in (sweep_table(stored), sweep_table(stored, measure="val_top1"), seeds_table(stored)):
+        assert table in text
 
 
 def test_by_another_measure_and_baseline(rows: list[ResultRow]) -> None:

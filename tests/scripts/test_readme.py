@@ -30,7 +30,7 @@ EXCEPTED = {
     "torchrun": "several GPUs; tests/training/test_distributed.py runs two processes",
     "configs/imagenet": "ImageNet; tests/training/test_recipes.py reads every recipe",
     "--released": "a download; tests/checkpoint/test_released.py serves it from this machine",
-    "pip install": "a download; `make test` does it",
+    "--mode int8": "refused of the random network that stands in here; tests/export/test_onnx.py",
 }
 
 
@@ -103,7 +103,7 @@ def test_the_places_of_the_contributing_section(run: Run) -> None:
     code, _, err = run("export.py", "result/small_3bit/model_best.pth.tar", "--to", "program", "--output", "small.pt2")
     assert (code, err) == (0, "")
     program = torch.export.load("small.pt2").module()
-    assert program(torch.zeros(1, 3, 8, 8)).shape == (1, 2)
+    assert program(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
 
 def test_the_scripts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
