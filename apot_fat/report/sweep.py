@@ -122,12 +122,12 @@ def draw_sweep(rows: Sequence[ResultRow], path: Path, baseline: str = "published
     """
     from matplotlib.figure import Figure
 
-    cells, recipes, columns = summaries(rows, measure), _recipes(rows), _columns(rows)
+    cells = summaries(rows, measure)
+    columns = [column for column in _columns(rows) if (baseline, *column) in cells]
+    recipes = [recipe for recipe in _recipes(rows) if any((recipe, *column) in cells for column in columns)]
     figure = Figure(figsize=(9, 1.6 + 0.45 * len(recipes)), dpi=110, layout="constrained")
     axes = figure.subplots()
     for index, column in enumerate(columns):
-        if (baseline, *column) not in cells:
-            continue
         points = [(y, cells[recipe, *column]) for y, recipe in enumerate(recipes) if (recipe, *column) in cells]
         offset = (index - (len(columns) - 1) / 2) * 0.6 / max(len(columns), 1)
         axes.errorbar(
