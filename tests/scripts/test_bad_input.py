@@ -132,8 +132,8 @@ def test_bad_input_is_one_line_with_its_exit_code(run: Run, tmp_path: Path, monk
         if kind != "a packed file":
             cases.append(("show_params.py", (path,), 2))
             cases.append(("report.py", (path, "--arch", "res20", "--bit", 4, "--output", "r.html"), 2))
+            cases.append(("evaluate.py", ("--init", path, "--bit", 4, "--data", "digits"), 2))
         cases.append(("train.py", ("--init", path, *digits), 2))
-        cases.append(("evaluate.py", ("--init", path, "--bit", 4, "--data", "digits"), 2))
     images = tmp_path / "images.npz"
     for content in ({}, {"images": np.zeros((2, 3, 8, 8), np.uint8)}, {"images": np.zeros(3), "labels": np.zeros(3)}):
         np.savez(images.with_name(f"i{len(content)}{len(cases)}.npz"), **content)
