@@ -152,9 +152,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
-    temporary.chmod(0o666 & ~_umask())
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # as any new file: some writers make a file of their own in its place
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from apot_fat.checkpoint import atomic_write, before, read_checkpoint, read_newest, write_checkpoint
+from apot_fat.checkpoint import atomic_write, before, read_checkpoint, read_newest, save_packed, write_checkpoint
+from apot_fat.models import create_model
 
 
 class Payload:
@@ -108,3 +109,12 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=name):
             read_checkpoint(tmp_path / name)
     assert not marker.exists()
+
+
+def test_files_have_the_rights_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    with atomic_write(tmp_path / "file") as temporary:
+        temporary.unlink()  # as safetensors does
+        temporary.touch(0o600)
+    save_packed(create_model("resnet20", bits=4), tmp_path / "packed.safetensors")
+    assert len({(tmp_path / name).stat().st_mode for name in ("plain", "file", "packed.safetensors")}) == 1

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from apot_fat.checkpoint import fetch_released, load_weights, read_manifest, torchvision_weights
+from apot_fat.checkpoint import fetch_released, load_packed, load_weights, read_manifest, torchvision_weights
 from apot_fat.checkpoint import released as room
+from apot_fat.data import ImageSet, load_dataset
+from apot_fat.data.images import normalize
+from apot_fat.data.normalization import normalization
 from apot_fat.models import create_model, default_preset
 from apot_fat.quant import PRESETS
 
@@ -30,9 +33,22 @@ def test_manifest_builds_every_network() -> None:
     for entry in manifest.values():
         assert entry.preset in PRESETS
         assert default_preset(entry.arch) == entry.preset
-        assert entry.address or entry.page
+        assert entry.address or entry.page or entry.file
         assert 50 < entry.top1 < 100
-    assert sum(bool(entry.sha256) for entry in manifest.values()) == 3
+    assert sum(bool(entry.sha256) for entry in manifest.values() if not entry.file) == 3
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in read_manifest().values() if entry.file])
+def test_our_packed_checkpoints_have_their_accuracy(name: str, offline: Path) -> None:
+    entry, path = fetch_released(name)
+    assert path.stat().st_size < 200_000
+    dataset = load_dataset(entry.data)
+    assert isinstance(dataset.test, ImageSet)
+    mean, std = normalization(entry.data, "cifar10", entry.preset)
+    x = normalize(dataset.test.images_NHWC, torch.tensor(mean), torch.tensor(std)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        correct = (load_packed(path)(x).argmax(1) == dataset.test.labels_N).sum().item()
+    assert 100 * correct / len(dataset.test) == pytest.approx(entry.top1, abs=0.3)  # one image of 360
 
 
 def test_offline_and_not_cached_says_what_to_put_where(offline: Path) -> None:

@@ -29,6 +29,7 @@ SMALL = {"train.py": ("--epochs", 1, "-b", 16), "progressive.py": ("--epochs", 1
 EXCEPTED = {
     "torchrun": "several GPUs; tests/training/test_distributed.py runs two processes",
     "configs/imagenet": "ImageNet; tests/training/test_recipes.py reads every recipe",
+    "cifar10_full": "CIFAR-10 at full length; tests/scripts/test_sweep.py runs it tiny",
     "--released": "a download; tests/checkpoint/test_released.py serves it from this machine",
     "--mode int8": "refused of the random network that stands in here; tests/export/test_onnx.py",
 }
@@ -49,7 +50,8 @@ def _files_it_names(run: Run) -> None:
     for name, count in (("train", 32), ("test", 20), ("cifar10_lossless_test", 20)):
         images, labels = rng.integers(0, 256, (count, 3, 32, 32), np.uint8), np.arange(count) % 10
         np.savez(f"{name}.npz", images=images, labels=labels)
-    Path("configs").symlink_to(ROOT / "configs")
+    for folder in ("configs", "checkpoints"):
+        Path(folder).symlink_to(ROOT / folder)
     Path("res20_3bit").mkdir()
     write_checkpoint({"state_dict": create_model("res20", bits=3).state_dict()}, "res20_3bit/model_best.pth.tar")
 
