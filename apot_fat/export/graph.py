@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apot_fat.quant.fake_quant import positive
+from apot_fat.quant.fake_quant import keeps_negatives, positive
 from apot_fat.quant.layers import QuantConv2d, QuantLinear
 from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.spec import InputClip
@@ -51,14 +51,13 @@ class Projection:
         levels = layer._act_set
         if layer.act_alpha is None or levels is None:
             return None
-        clip: InputClip = "relu" if layer.relu else layer.spec.act_clip
-        signed = getattr(layer.spec, "act_signed", False) and not layer.relu
-        return cls(levels, positive(layer.act_alpha.detach()).float().item(), clip, signed)
+        signed = layer.spec.act_signed and not layer.relu
+        return cls(levels, positive(layer.act_alpha.detach()).float().item(), layer._input_clip, signed)
 
     @property
     def keeps_negatives(self) -> bool:
         """Whether a negative value may become another than 0."""
-        return self.signed or (self.levels.is_uniform and self.clip == "above")
+        return keeps_negatives(self.levels, self.clip, self.signed)
 
     def numerators(self, values: np.ndarray) -> np.ndarray:
         """The numerators n of α · n / d that non-negative values become; float64 in, int64 out, same shape."""

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from apot_fat.quant.fake_quant import positive
 from apot_fat.quant.integers import Integers, integer_input, integer_weight, shift_terms
 from apot_fat.quant.kernels import along_rows
 from apot_fat.quant.layers import QuantConv2d, QuantLinear, quant_layers
+from apot_fat.quant.watching import watch_inputs
 
 Arithmetic = Literal["multiply", "shift"]
 ACCUMULATOR_BITS = 31  # int32 without its sign
@@ -258,24 +258,14 @@ def compare_networks(
 
 def layer_inputs(model: nn.Module, names: list[str], x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
     """A network's output and what the named layers were given on the way, in the order of their calls."""
-    with _recorded_inputs(model, names) as inputs:
-        return model(x), inputs
+    found: list[tuple[str, Tensor]] = []
+    named = {model.get_submodule(name): name for name in names}
 
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append((named[layer], inputs[0].detach().clone()))  # copied: a later operation may work in place
 
-@contextmanager
-def _recorded_inputs(model: nn.Module, names: list[str]) -> Iterator[list[tuple[str, Tensor]]]:
-    inputs: list[tuple[str, Tensor]] = []
-
-    def recorder(name: str) -> Any:
-        # copied: a later operation may work in place
-        return lambda module, args: inputs.append((name, args[0].detach().clone()))
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(recorder(name)) for name in names]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watch_inputs(named, record):
+        return model(x), found
 
 
 def _code_differences(

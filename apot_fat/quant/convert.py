@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from apot_fat.quant.layers import AnyQuantized, EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
 from apot_fat.quant.spec import FLOAT_BITS, PRESETS, QuantSpec, check_bits, nearest, preset
 from apot_fat.quant.thresholds import FIT_SAMPLES, fit_threshold, fit_weight_threshold
+from apot_fat.quant.watching import evaluation_mode, watch_inputs
 from apot_fat.text import aligned, one_line
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -299,19 +300,12 @@ def _watch(model: nn.Module, layers: Mapping[str, nn.Module], batch: Tensor | No
         else:
             seen[name] = _Seen(x.min().item(), values)
 
-    handles = [module.register_forward_pre_hook(note) for module in layers.values()]
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        model(batch)
+        with evaluation_mode(model), watch_inputs(layers.values(), note):
+            model(batch)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shape = tuple(batch.shape)
         raise ValueError(f"calibration of shape {shape}: the network refuses it ({one_line(error)})") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return seen
 
 

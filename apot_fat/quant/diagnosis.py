@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from apot_fat.quant.fake_quant import ALPHA_FLOOR
+from apot_fat.quant.fake_quant import ALPHA_FLOOR, keeps_negatives
 from apot_fat.quant.layers import CONSTANT, QuantConv2d, QuantLinear, quant_layers
+from apot_fat.quant.watching import evaluation_mode, watch_inputs
 
 
 @torch.no_grad()
@@ -27,20 +28,14 @@ def odd_layers(model: nn.Module, x: Tensor) -> list[str]:
     """
     found: list[str] = []
     names = {module: name or type(module).__name__ for name, module in quant_layers(model)}
+    if not names:
+        return found
 
-    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, QuantConv2d | QuantLinear)
-        found.extend(f"{names[module]}: {reason}" for reason in _reasons(module, args[0]))
+    def look(layer: QuantConv2d | QuantLinear, inputs: tuple[Tensor, ...]) -> None:
+        found.extend(f"{names[layer]}: {reason}" for reason in _reasons(layer, inputs[0]))
 
-    handles = [module.register_forward_pre_hook(look) for module in names]
-    was_training = model.training
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            model.eval()(x)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    with evaluation_mode(model), watch_inputs(names, look), torch.compiler.set_stance("force_eager"):
+        model(x)
     return found
 
 
@@ -53,9 +48,9 @@ def _reasons(layer: QuantConv2d | QuantLinear, x: Tensor) -> list[str]:
         if (layer.weight_alpha <= ALPHA_FLOOR).any():
             reasons.append("its weight threshold is at its floor: lower weight_alpha_lr")
     if layer.act_alpha is not None:
-        keeps_negatives = not layer.relu and (spec.act_signed or (spec.act_set.is_uniform and spec.act_clip == "above"))
-        if not (x != 0 if keeps_negatives else x > 0).any():
-            reasons.append(f"its input is {'0' if keeps_negatives else 'nowhere above 0'} and quantized to 0")
+        negatives = keeps_negatives(spec.act_set, layer._input_clip, spec.act_signed and not layer.relu)
+        if not (x != 0 if negatives else x > 0).any():
+            reasons.append(f"its input is {'0' if negatives else 'nowhere above 0'} and quantized to 0")
         if (layer.act_alpha <= ALPHA_FLOOR).any():
             reasons.append("its activation threshold is at its floor: lower act_alpha_lr")
     return reasons

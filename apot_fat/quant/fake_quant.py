@@ -181,6 +181,11 @@ def eight_bit_weight(w: Tensor) -> Tensor:
     return w + (rounded - w).detach()
 
 
+def keeps_negatives(levels: LevelSet, clip: InputClip, signed: bool) -> bool:
+    """Whether an activation's quantizer may turn a negative value into another than 0."""
+    return signed or (levels.is_uniform and clip == "above")
+
+
 def scaled(grad_alpha: Tensor, grad_scale: float) -> Tensor:
     """A threshold's gradient times ``grad_scale``: outside of the kernels, which layers of any scale thus share."""
     return grad_alpha if grad_scale == 1 else grad_alpha * grad_scale

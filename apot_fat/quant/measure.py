@@ -22,6 +22,7 @@ from apot_fat.quant.integers import integer_weight
 from apot_fat.quant.kernels import along_rows
 from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear, normalize_weight
 from apot_fat.quant.levels import LevelSet
+from apot_fat.quant.watching import evaluation_mode, watch_inputs
 
 BINS = 80
 MOST_BANDS = 96
@@ -233,22 +234,14 @@ def measure_inputs(model: nn.Module, images: Tensor) -> dict[str, Distribution]:
         images: a normalised batch (N, C, H, W).
     """
     measured: dict[str, Distribution] = {}
+    names = {layer: name for name, layer in weight_layers(model)}
 
-    def measuring(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
-        def measure(layer: Any, args: tuple[Tensor, ...]) -> None:
-            if name not in measured:
-                measured[name] = measure_input(layer, args[0])
+    def measure(layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor, ...]) -> None:
+        if names[layer] not in measured:
+            measured[names[layer]] = measure_input(layer, inputs[0])
 
-        return measure
-
-    hooks = [layer.register_forward_pre_hook(measuring(name)) for name, layer in weight_layers(model)]
-    was_training = model.training
-    try:
-        model.eval()(images)
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+    with evaluation_mode(model), watch_inputs(names, measure):
+        model(images)
     return measured
 
 

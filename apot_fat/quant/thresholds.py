@@ -19,6 +19,7 @@ from apot_fat.quant.layers import (
     quant_layers,
 )
 from apot_fat.quant.levels import LevelSet
+from apot_fat.quant.watching import evaluation_mode, watch_inputs
 from apot_fat.text import one_line
 
 ThresholdRule = Literal["mse", "lsq"]
@@ -78,15 +79,11 @@ def initialize_thresholds(model: nn.Module, batch: Tensor, rule: str = "mse") ->
                 layer.act_alpha.copy_(initial_step_threshold(x.abs().mean(), layer.spec.act_set))
                 keep_thresholds_positive(layer)
 
-    handles = [layer.register_forward_pre_hook(fit_input) for layer in waiting.values()]
     try:
-        with _batch_statistics(model):
+        with _batch_statistics(model), watch_inputs(list(waiting.values()), fit_input):
             model(batch)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"batch of shape {tuple(batch.shape)}: the network refuses it ({one_line(error)})") from error
-    finally:
-        for handle in handles:
-            handle.remove()
     return model
 
 
@@ -141,16 +138,13 @@ def _fit_rows(values_CK: Tensor, levels: LevelSet) -> Tensor:
 @contextmanager
 def _batch_statistics(model: nn.Module) -> Iterator[None]:
     # batch norms as in training, all else as in evaluation; modes and buffers come back as they were
-    modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    model.eval()
-    for module in modes:
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    with evaluation_mode(model):
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train()
+        try:
+            yield
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)

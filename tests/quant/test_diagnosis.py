@@ -5,6 +5,7 @@ from torch import nn
 
 from apot_fat.quant import QuantConv2d, QuantLinear, preset
 from apot_fat.quant.diagnosis import odd_layers
+from apot_fat.quant.measure import measure_inputs
 
 
 def test_a_network_in_order_gives_no_sentence() -> None:
@@ -39,3 +40,11 @@ def test_each_oddity_is_defined_and_named() -> None:
         assert parameter.grad.isfinite().all(), name
     assert constant.act_alpha is not None
     assert constant.act_alpha.grad == 0
+
+
+def test_looking_leaves_frozen_modules_frozen() -> None:
+    net = nn.Sequential(QuantConv2d(3, 4, 3, spec=preset("apot-cifar")), nn.BatchNorm2d(4)).train()
+    net[1].eval()
+    odd_layers(net, torch.randn(2, 3, 8, 8))
+    measure_inputs(net, torch.randn(2, 3, 8, 8))
+    assert [module.training for module in net] == [True, False]
