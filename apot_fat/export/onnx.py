@@ -145,10 +145,10 @@ def _require(package: str) -> Any:
         raise ValueError(f"ONNX export needs {package}: pip install apot-fat[export]") from error
 
 
-class _PlainConv2d(nn.Conv2d):
-    """A convolution with its quantized weight as the weight, and a mark where its input is quantized.
+class _Plain(nn.Module):
+    """A layer with its quantized weight as the weight, and a mark where its input is quantized.
 
-    With ``unit`` both operands are the numerators of their levels, and y = conv(n_a, n_w) / unit + bias.
+    With ``unit`` both operands are the numerators of their levels, and y = product(n_a, n_w) / unit + bias.
     """
 
     projection_index: int | None
@@ -156,28 +156,28 @@ class _PlainConv2d(nn.Conv2d):
     unit: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = conv(x_q, w_q) + bias."""
+        """y = product(x_q, w_q) + bias."""
         x = _marked(x, self.projection_index, self.relu)
+        bias: Any = self.bias
         if self.unit is None:
-            return super().forward(x)
-        y = self._conv_forward(x, self.weight, None) / self.unit
-        return y if self.bias is None else y + self.bias[:, None, None]
+            return self._product(x, bias)
+        y = self._product(x, None) / self.unit
+        if bias is None:
+            return y
+        return y + (bias[:, None, None] if isinstance(self, nn.Conv2d) else bias)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
 
 
-class _PlainLinear(nn.Linear):
-    """As ``_PlainConv2d``."""
+class _PlainConv2d(_Plain, nn.Conv2d):
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, self.weight, bias)
 
-    projection_index: int | None
-    relu: bool
-    unit: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y = x_q w_qᵀ + bias."""
-        x = _marked(x, self.projection_index, self.relu)
-        if self.unit is None:
-            return super().forward(x)
-        y = F.linear(x, self.weight) / self.unit
-        return y if self.bias is None else y + self.bias
+class _PlainLinear(_Plain, nn.Linear):
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.weight, bias)
 
 
 def _marked(x: Tensor, index: int | None, relu: bool) -> Tensor:
