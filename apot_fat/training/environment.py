@@ -14,18 +14,18 @@ _PACKAGES = ("apot-fat", "torchvision", "numpy")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
+@cache
 def environment(device: torch.device) -> dict[str, str]:
     """Versions, commit, device and processor by name, as a checkpoint records them.
 
     ``commit`` is that of the checkout the package is run from, with ``+`` behind it where files differ from it; empty
-    for an installed package.
+    for an installed package. Looked up once: a run asks with every checkpoint.
     """
     versions = {"torch": str(torch.__version__)} | {name: importlib.metadata.version(name) for name in _PACKAGES}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"commit": _commit(), "python": platform.python_version(), **versions, "device": f"{device}: {name}"}
 
 
-@cache
 def _commit() -> str:
     if not (_ROOT / ".git").exists():
         return ""
