@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from apot_fat.checkpoint import fetch_released, load_packed, load_weights, num_outputs, read_checkpoint
+from apot_fat.checkpoint import PACKED_SUFFIX, fetch_released, load_packed, load_weights, num_outputs, read_checkpoint
 from apot_fat.command_line import Request, log
 from apot_fat.models import find_architecture
 from apot_fat.quant.layers import show_params
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device
 from apot_fat.training.loop import Result, evaluate
-from apot_fat.training.run import BEST, create_network, load_config_dataset, make_batches
+from apot_fat.training.run import BEST, create_network, created_config, load_config_dataset, make_batches
 
-PACKED_SUFFIX = ".safetensors"
 PUBLISHED_ARCH = "res20"  # what the published evaluation line leaves out
 
 
@@ -94,11 +93,9 @@ def _read_checkpoint(path: Path, request: Request) -> tuple[TrainConfig, int, nn
 
 def _read_packed(path: Path, request: Request) -> tuple[TrainConfig, int, nn.Module]:
     model = load_packed(path)
-    made: dict[str, Any] = model.created_as  # type: ignore[assignment]
-    recorded = {"arch": made["name"], "preset": made["preset"], "bit": made["bits"]}
-    given = {name: value for name, value in request.given.items() if name not in recorded}
-    given.setdefault("data", find_architecture(made["name"]).dataset)
-    return TrainConfig.from_dict({**recorded, **given}, f"packed file {path}"), made["num_classes"], model
+    made: Any = model.created_as
+    given = {"data": find_architecture(made["name"]).dataset, **request.given}
+    return created_config(model, **given), made["num_classes"], model
 
 
 def next_higher_checkpoint(config: TrainConfig) -> Path:

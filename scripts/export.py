@@ -10,8 +10,7 @@ from torch import Tensor
 from apot_fat.checkpoint import load_weights, num_outputs, read_checkpoint
 from apot_fat.command_line import OneLineParser, log, run_main
 from apot_fat.export import WRITERS
-from apot_fat.models import find_architecture
-from apot_fat.report.subject import DIGITS_SIZE, IMAGE_SIZES
+from apot_fat.report.subject import usual_size
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.run import create_network, load_config_dataset, make_batches
 
@@ -50,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     classes = num_outputs(content, f"checkpoint {options.checkpoint}")
     model = load_weights(create_network(config, classes), content).eval()
     images = _images(config) if "data" in given else None
-    input_shape = _input_shape(config, images, bool(recorded))
+    size = usual_size(config, trained=bool(recorded))
+    input_shape = (3, size, size) if images is None else tuple(images.shape[1:])
     said = WRITERS[options.to](model, Path(options.output), input_shape, images, options.mode)
     log.info("%s: %s", options.output, said)
 
@@ -65,16 +65,6 @@ def _images(config: TrainConfig) -> Tensor:
         if sum(map(len, found)) >= VERIFY_IMAGES:
             break
     return torch.cat(found)[:VERIFY_IMAGES]
-
-
-def _input_shape(config: TrainConfig, images: Tensor | None, is_recorded: bool) -> tuple[int, ...]:
-    if images is not None:
-        return tuple(images.shape[1:])
-    trained_on_digits = is_recorded and config.data == "digits"
-    size = config.image_size or (
-        DIGITS_SIZE if trained_on_digits else IMAGE_SIZES[find_architecture(config.arch).dataset]
-    )
-    return 3, size, size
 
 
 if __name__ == "__main__":

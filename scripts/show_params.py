@@ -6,7 +6,7 @@ import csv
 import json
 import sys
 
-from apot_fat.checkpoint import checkpoint_thresholds, load_packed, read_checkpoint
+from apot_fat.checkpoint import PACKED_SUFFIX, checkpoint_thresholds, load_packed, read_checkpoint
 from apot_fat.command_line import OneLineParser, run_main
 from apot_fat.quant.layers import clipping_table, threshold_line
 from apot_fat.text import aligned, bar
@@ -44,7 +44,7 @@ def read_thresholds(path: str) -> list[Row]:
     Raises:
         ValueError: a file that is no checkpoint, or one of full precision.
     """
-    if path.endswith(".safetensors"):
+    if path.endswith(PACKED_SUFFIX):
         rows = [(layer.name, layer.weight_alpha, layer.act_alpha) for layer in clipping_table(load_packed(path))]
     else:
         found = checkpoint_thresholds(read_checkpoint(path), f"checkpoint {path}")

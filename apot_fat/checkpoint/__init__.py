@@ -8,11 +8,12 @@ from apot_fat.checkpoint.files import (
     remove_leftovers,
     write_checkpoint,
 )
-from apot_fat.checkpoint.packed import load_packed, save_packed
+from apot_fat.checkpoint.packed import PACKED_SUFFIX, load_packed, save_packed
 from apot_fat.checkpoint.released import TORCHVISION, Released, fetch_released, read_manifest, torchvision_weights
 from apot_fat.checkpoint.weights import best_accuracy, checkpoint_thresholds, load_weights, num_outputs, state_dict_of
 
 __all__ = [
+    "PACKED_SUFFIX",
     "TORCHVISION",
     "Released",
     "atomic_write",

@@ -34,6 +34,7 @@ from apot_fat.quant.kernels import along_rows
 from apot_fat.quant.layers import AnyQuantized, EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
 from apot_fat.quant.spec import FLOAT_BITS, QuantSpec
 
+PACKED_SUFFIX = ".safetensors"
 FORMAT = "apot-fat packed"
 VERSION = 1
 _FLOATS = "float32"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,27 +11,34 @@ import torch
 from torch import Tensor, nn
 
 from apot_fat.checkpoint import (
+    PACKED_SUFFIX,
     best_accuracy,
     checkpoint_thresholds,
     load_packed,
     load_weights,
     num_outputs,
     read_checkpoint,
-    read_newest,
 )
 from apot_fat.models import find_architecture
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.loop import Result, evaluate
-from apot_fat.training.run import BEST, LAST, best_index, create_network, load_config_dataset, make_batches, run_config
+from apot_fat.training.run import (
+    BEST,
+    LAST,
+    best_index,
+    create_network,
+    created_config,
+    load_config_dataset,
+    make_batches,
+    read_run,
+    run_config,
+)
 
-PACKED_SUFFIX = ".safetensors"
 IMAGE_SIZES = {"cifar10": 32, "imagenet": 224}  # pixels, of the data sets of the papers
 DIGITS_SIZE = 8
 _RUN_FOLDER = re.compile(r"(?P<arch>.+)_(?P<bits>\d+)bit")
 _CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
-
-log = logging.getLogger("apot_fat")
 
 
 @dataclass(frozen=True)
@@ -150,17 +156,23 @@ def input_shape(subject: Subject, images: Images | str, image_size: int | None) 
     """(C, H, W) of what the network takes: its images', or else its data set's."""
     if isinstance(images, Images):
         return tuple(images.batch.shape[1:])
-    on_digits = subject.trained and subject.config.data == "digits"
-    known = DIGITS_SIZE if on_digits else IMAGE_SIZES[find_architecture(subject.config.arch).dataset]
-    size = image_size or subject.config.image_size or known
+    size = image_size or usual_size(subject.config, subject.trained)
     return 3, size, size
 
 
+def usual_size(config: TrainConfig, trained: bool) -> int:
+    """Height and width of a network's images, pixels: the config's, or those of its data set.
+
+    Args:
+        config: the run's, or what is known of another network.
+        trained: whether it is a run's; only then ``data`` says what the network was trained on.
+    """
+    known = DIGITS_SIZE if trained and config.data == "digits" else IMAGE_SIZES[find_architecture(config.arch).dataset]
+    return config.image_size or known
+
+
 def _run(folder: Path, group: int) -> Subject:
-    content = read_newest(folder / LAST, log.warning)
-    config = run_config(content, folder / LAST)
-    if not content["history"]:
-        raise ValueError(f"{folder}: the run has finished no epoch yet; go on with --resume auto")
+    config, content = read_run(folder)
     model = _model(config, read_checkpoint(folder / BEST) if (folder / BEST).is_file() else content)
     made = content.get("environment", {})
     return Subject(folder, "run", config, model, tuple(content["history"]), None, True, made, group)
@@ -193,9 +205,7 @@ def _checkpoint(path: Path, group: int, given: dict[str, Any]) -> Subject:
 
 def _packed(path: Path, group: int) -> Subject:
     model = load_packed(path)
-    created: Any = model.created_as  # what load_packed built it from
-    config = TrainConfig.from_dict({"arch": created["name"], "preset": created["preset"], "bit": created["bits"]})
-    return Subject(path, "packed", config, model, (), None, False, group=group)
+    return Subject(path, "packed", created_config(model), model, (), None, False, group=group)
 
 
 def _model(config: TrainConfig, content: dict[str, Any]) -> nn.Module:

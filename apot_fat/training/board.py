@@ -24,7 +24,7 @@ class Board:
     Every epoch: ``train_acc``, ``test_acc`` (as published) and ``val_acc`` in %, ``loss/PART``, ``lr/GROUP``, and
     under ``weight_alpha``, ``act_alpha``, ``mask_max`` and ``mask_min`` one curve a layer. Every ``histogram_every``
     epochs and at the last: the weights' histograms (``weight/LAYER``), ``weight_sqnr_db``, ``weight_clipped`` and, of
-    the last batch of test images, ``act_sqnr_db`` and ``act_clipped`` of each layer, and the picture ``levels``. The
+    the last images evaluated, ``act_sqnr_db`` and ``act_clipped`` of each layer, and the picture ``levels``. The
     run's values stand under HPARAMS.
 
     Args:
@@ -52,7 +52,7 @@ class Board:
         Args:
             row: its line of ``metrics.jsonl``.
             model: the tested network.
-            images: a batch of test images.
+            images: a batch of those evaluated.
             epoch: its number, from 0.
         """
         for part in ("train", "test", "val"):

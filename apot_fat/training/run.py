@@ -196,16 +196,20 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
             tested = evaluate(tested_network, test_batches, log=say, print_freq=config.print_freq, **options)
             held_out = None if val_batches is None else evaluate(tested_network, val_batches, **options)
             log.info(" * Prec %.3f%%", tested.top1)
-            if saver.test_batch is not None:
-                news = [sentence for sentence in odd_layers(tested_model, saver.test_batch) if sentence not in warned]
-                warned.update(news)
-                for sentence in news:
-                    log.warning("epoch %d: %s", epoch, sentence)
+            if processes.is_first and saver.test_batch is not None:  # the first alone logs
+                _warn_once(epoch, odd_layers(tested_model, saver.test_batch), warned)
             history.append(_metrics(epoch, optimizer, tested_model, trained, tested, held_out))
             history[-1]["seconds"] += averaging_seconds
             records.save(trackers, history, saver.test_batch)
             saver.stop_if_asked(saved=True)
     return _summary(folder, config, history)
+
+
+def _warn_once(epoch: int, sentences: list[str], warned: set[str]) -> None:
+    for sentence in sentences:
+        if sentence not in warned:
+            warned.add(sentence)
+            log.warning("epoch %d: %s", epoch, sentence)
 
 
 def summarize(folder: Path) -> RunSummary:
@@ -214,11 +218,21 @@ def summarize(folder: Path) -> RunSummary:
     Raises:
         ValueError: no run there, or a damaged file.
     """
+    config, content = read_run(folder)
+    return _summary(folder, config, content["history"])
+
+
+def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """Config and newest checkpoint of a run folder with at least one finished epoch.
+
+    Raises:
+        ValueError: no run there, a damaged file, or no finished epoch.
+    """
     content = read_newest(folder / LAST, log.warning)
     config = run_config(content, folder / LAST)
     if not content["history"]:
         raise ValueError(f"{folder}: the run has finished no epoch yet; go on with --resume auto")
-    return _summary(folder, config, content["history"])
+    return config, content
 
 
 def _summary(folder: Path, config: TrainConfig, history: list[dict[str, Any]]) -> RunSummary:
@@ -275,7 +289,7 @@ class _Records:
         wait_for_all()
 
     def save(self, trackers: dict[str, Any], history: list[dict[str, Any]], images: torch.Tensor | None = None) -> None:
-        """Record the epoch just ended, the last images tested; every process waits until its files are there."""
+        """Record the epoch just ended, the last images evaluated; every process waits until its files are there."""
         rng = gather_objects(_rng_state())
         if self.board is not None:
             row, best = history[-1], best_index(history)
@@ -401,6 +415,12 @@ def create_network(config: TrainConfig, num_classes: int) -> nn.Module:
     """The network a config names."""
     options = {"weight_per_channel": True} if config.weight_per_channel else {}
     return create_model(config.arch, config.preset, config.bit, num_classes, **options)
+
+
+def created_config(model: nn.Module, **given: Any) -> TrainConfig:
+    """The config of a network that ``create_model`` built, such as a packed file's; ``given`` names what it leaves."""
+    made: Any = model.created_as
+    return TrainConfig.from_dict({**given, "arch": made["name"], "preset": made["preset"], "bit": made["bits"]})
 
 
 def load_initial_weights(model: nn.Module, config: TrainConfig) -> None:
