@@ -23,6 +23,7 @@ PROJECT_DOMAIN, PROJECT = "apot_fat", "Project"
 """The operator that stands for an activation quantizer until it is written out; its ``index`` says which."""
 ONNXRUNTIME_DOMAIN = "com.microsoft"
 BYTE_MAX = 255
+_SLOPE_MARGIN = 1e-4
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,15 @@ def emit_table(builder: GraphBuilder, codes: str, table: np.ndarray, *, threaded
         builder: the graph.
         codes: name of the bytes.
         table: (256,) integers, range [0, 255].
-        threaded: count jumps of one height that rise along a line in one operator, onnxruntime's own
-            ``QLinearLeakyRelu``: it runs on all threads, where ``Clip`` and ``Add`` of bytes run on one.
+        threaded: prefer onnxruntime's own ``QLinearLeakyRelu``, which runs on all threads, where ``Clip`` and ``Add``
+            of bytes run on one: two of them for the whole table where each bends once (3-bit APoT), else one for
+            jumps of one height that rise along a line.
     """
+    bends = _bends(table) if threaded else None
+    if bends is not None:
+        for bend in bends:
+            codes = bend.emit(builder, codes)
+        return codes
     runs: list[list[int]] = []  # low, high, weight
     for position, jump in enumerate(np.diff(table).tolist(), start=1):
         if jump and runs and runs[-1][1] == position - 1 and runs[-1][2] == jump:
@@ -229,6 +236,44 @@ def emit_table(builder: GraphBuilder, codes: str, table: np.ndarray, *, threaded
     return builder.add("Add", total, builder.constant(rest % 256, np.uint8)) if rest % 256 else total
 
 
+@dataclass(frozen=True)
+class _Bend:
+    """y = y_0 + round(slope · (c − c_0)), slope one below c_0 and another above, held to [0, 255]: one operator."""
+
+    x: int
+    y: int
+    below: float
+    above: float
+
+    def emit(self, builder: GraphBuilder, codes: str) -> str:
+        x, y = builder.constant(self.x, np.uint8), builder.constant(self.y, np.uint8)
+        above, one, slope = builder.constant(self.above), builder.constant(1.0), self.below / self.above
+        return builder.add("QLinearLeakyRelu", codes, above, x, one, y, domain=ONNXRUNTIME_DOMAIN, alpha=slope)
+
+
+def _bends(table: np.ndarray) -> list[_Bend] | None:
+    # from the bytes to the number of the value, counted so that the last one is 255, and from there to the value
+    values, ranks = np.unique(table, return_inverse=True)
+    numbers = np.arange(len(values)) + BYTE_MAX + 1 - len(values)
+    bends = [_bend(np.arange(len(table)), numbers[ranks]), _bend(numbers, values)]
+    return None if None in bends else [bend for bend in bends if bend is not None]
+
+
+def _bend(x: np.ndarray, y: np.ndarray) -> _Bend | None:
+    for at in range(1, len(x) - 1):
+        run, rise = x - x[at], y - y[at]
+        slopes = []
+        for side in (slice(0, at), slice(at + 1, None)):
+            # |slope · run − rise| < 1/2, with no bound where the result is held to 0 or 255
+            near, far = (np.abs(rise[side]) - 0.5) / np.abs(run[side]), (np.abs(rise[side]) + 0.5) / np.abs(run[side])
+            far[(y[side] == BYTE_MAX) | (y[side] == 0)] = np.inf
+            slopes.append((near.max(), far.min()))
+        if all(high - low > _SLOPE_MARGIN and high > _SLOPE_MARGIN for low, high in slopes):
+            below, above = ((max(low, 0.0) + min(high, max(low, 0.0) + 1)) / 2 for low, high in slopes)
+            return _Bend(int(x[at]), int(y[at]), below, above)
+    return None
+
+
 def _lines(jumps: list[int]) -> list[tuple[int, int, int, float]]:
     """Stretches jumps[first:last] of at least three, with z and s so that round((c − z) s) counts those up to c."""
     lines = []
@@ -253,7 +298,7 @@ def _line(jumps: list[int]) -> tuple[int, float] | None:
         # (jump − z) s >= i − 1/2 > (jump − 1 − z) s
         low = max((i + 0.5) / (jump - zero) for i, jump in enumerate(jumps))
         high = min((i + 0.5) / (jump - 1 - zero) if jump - 1 > zero else 1.0 for i, jump in enumerate(jumps))
-        if high - low > 1e-4:
+        if high - low > _SLOPE_MARGIN:
             return zero, (low + high) / 2
     return None
 

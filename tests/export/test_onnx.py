@@ -107,14 +107,20 @@ def test_signed_quantizer_mirrors_the_levels() -> None:
     assert torch.equal(run_file(builder.finish().SerializeToString(), x), expected)
 
 
-def test_table_as_arithmetic_of_bytes() -> None:
+@pytest.mark.parametrize("threaded", [False, True])
+def test_table_as_arithmetic_of_bytes(threaded: bool) -> None:
     rng = np.random.default_rng(0)
     random = np.sort(rng.integers(0, 256, 256))
     tables = [random, np.arange(256), np.minimum(np.arange(256), 15), np.repeat([7, 255], 128), np.full(256, 9)]
+    tables += [np.repeat([0, 3, 255], [1, 254, 1]), np.repeat([0, 1], [255, 1]), np.repeat([5, 6], [1, 255])]
+    for bits in (2, 3, 4):
+        for last in (20, 100, 254, 700):  # bytes up to the threshold, or some of them
+            projection = Projection(level_set("apot", bits), float(last), "relu")
+            tables += [projection.numerators(np.arange(256) + offset) for offset in (0.0, 0.5)]
     x = torch.arange(256).to(torch.uint8)
     for table in tables:
         builder = GraphBuilder(one_input_graph(2))
-        builder.add("Identity", emit_table(builder, "x", table), output="y")
+        builder.add("Identity", emit_table(builder, "x", table, threaded=threaded), output="y")
         assert run_file(builder.finish().SerializeToString(), x).tolist() == table.tolist()
 
 
