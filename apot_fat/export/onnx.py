@@ -20,7 +20,7 @@ from apot_fat.export.graph import PROJECT, PROJECT_DOMAIN, Projection, projectio
 from apot_fat.export.int8 import best_range, write_integers
 from apot_fat.quant.convert import fold_weight
 from apot_fat.quant.integers import integer_weight
-from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized, EightBitConv2d, QuantConv2d, QuantLinear
 
 if TYPE_CHECKING:
     import onnx
@@ -207,6 +207,8 @@ def _trace(reference: nn.Module, input_shape: tuple[int, ...], *, in_integers: b
                 if in_integers:
                     numerators, unit = _exact_operands(original, projection)
                 layers.append((original, replace(projection, as_integers=unit is not None)))
+        elif in_integers and isinstance(original, EightBitConv2d):
+            numerators, unit = _first_operands(original)
         fold_weight(module, _PlainConv2d if isinstance(module, nn.Conv2d) else _PlainLinear)
         if numerators is not None:
             module.weight = nn.Parameter(numerators)
@@ -252,6 +254,13 @@ def _exact_operands(layer: _Quantized, projection: Projection) -> tuple[Tensor |
         return None, None
     step = projection.alpha / projection.levels.denominator * integers.unit(integers.numerators.dim() - 1)
     return integers.numerators.float(), (1 / step).float()
+
+
+def _first_operands(layer: EightBitConv2d) -> tuple[Tensor | None, Tensor | None]:
+    # the numerators of a weight whose input is float, and their unit: products without the rounding of 8-bit weights,
+    # into which a batch norm would be folded
+    integers = integer_weight(layer)
+    return (None, None) if integers is None else (integers.numerators.float(), (1 / integers.unit(0)).float())
 
 
 def _numerators(layer: _Quantized) -> np.ndarray | None:
