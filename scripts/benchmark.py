@@ -1,12 +1,15 @@
-"""Time and memory beside the baselines: python scripts/benchmark.py quantizer | step | evaluate | input | memory."""
+"""Time and memory beside the baselines: benchmark.py quantizer | step | evaluate | onnx | input | memory."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from tqdm import tqdm
 
 from apot_fat.command_line import OneLineParser, run_main
 from apot_fat.data import Augmentation, ImageBatches, ImageSet
+from apot_fat.export import export_onnx
+from apot_fat.export.onnx import ExportMode
 from apot_fat.models import create_model
 from apot_fat.quant.fake_quant import quantize_activation
 from apot_fat.quant.kernels import set_kernels
@@ -147,6 +152,37 @@ def evaluate(options: argparse.Namespace) -> list[Row]:
     return _rows(_medians(works, options), "fp32")
 
 
+def onnx(options: argparse.Namespace) -> list[Row]:
+    """100 images through ResNet-20's ONNX files in onnxruntime."""
+    try:
+        import onnxruntime as runtime
+    except ImportError as error:
+        raise ValueError("benchmark onnx needs onnxruntime: pip install apot-fat[export]") from error
+    session_options = runtime.SessionOptions()
+    session_options.intra_op_num_threads = options.threads
+    # a session's threads would go on spinning for a while after each run, on the cores of the next one
+    session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    x = _images(100, torch.device("cpu"))[0].contiguous()
+    files: tuple[tuple[str, int, ExportMode], ...] = (
+        ("fp32", 32, "float"),
+        ("apot-cifar, 4 bits, int8", 4, "int8"),
+        ("apot-cifar, 3 bits, int8", 3, "int8"),
+        ("apot-cifar, 3 bits, float", 3, "float"),
+    )
+    works: dict[str, Work] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, bits, mode in tqdm(files, desc="exports", leave=False, disable=None):
+            path = Path(folder) / "network.onnx"
+            model = create_model("resnet20", "apot-cifar", bits).eval()
+            export_onnx(model, path, (3, 32, 32), mode, verify_with=x, max_error=math.inf, min_agreement=0)  # untrained
+            session = runtime.InferenceSession(path, session_options, providers=["CPUExecutionProvider"])
+            works[name] = partial(session.run, None, {"input": x.numpy()})
+    rows = _rows(_medians(works, options), "fp32")
+    for row in rows:
+        row["fp32 / this"] = 1 / row["/ fp32"]
+    return rows
+
+
 def input_batches(options: argparse.Namespace) -> list[Row]:
     """Batches of 32 × 32 images made on the device, beside moving one that is ready."""
     count = 20 * options.batch_size
@@ -196,6 +232,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "quantizer": quantizer,
     "step": step,
     "evaluate": evaluate,
+    "onnx": onnx,
     "input": input_batches,
     "memory": memory,
 }
