@@ -12,14 +12,14 @@ class BasicBlock(nn.Module):
 
     def __init__(self, layers: LayerMaker, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = layers.conv(in_channels, channels, 3, stride=stride, padding=1)
+        self.conv1 = layers.conv(in_channels, channels, 3, stride=stride, padding=1, rectified=True)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu1, self.conv2 = layers.relu_conv(channels, channels, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU()
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or in_channels != channels:
-            shortcut = layers.conv(in_channels, channels, 1, stride=stride)
+            shortcut = layers.conv(in_channels, channels, 1, stride=stride, rectified=True)
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ class BasicBlock(nn.Module):
 
     def __init__(self, layers: LayerMaker, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = layers.conv(in_channels, channels, 3, stride=stride, padding=1)
+        self.conv1 = layers.conv(in_channels, channels, 3, stride=stride, padding=1, rectified=True)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU()
         self.relu1, self.conv2 = layers.relu_conv(channels, channels, 3, padding=1)
@@ -34,7 +34,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, layers: LayerMaker, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = layers.conv(in_channels, channels, 1)
+        self.conv1 = layers.conv(in_channels, channels, 1, rectified=True)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu1, self.conv2 = layers.relu_conv(channels, channels, 3, stride=stride, padding=1)
         self.bn2 = nn.BatchNorm2d(channels)
@@ -97,7 +97,9 @@ class ImageNetResNet(nn.Module):
 def _shortcut(layers: LayerMaker, in_channels: int, out_channels: int, stride: int) -> nn.Module:
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    return nn.Sequential(layers.conv(in_channels, out_channels, 1, stride=stride), nn.BatchNorm2d(out_channels))
+    return nn.Sequential(
+        layers.conv(in_channels, out_channels, 1, stride=stride, rectified=True), nn.BatchNorm2d(out_channels)
+    )
 
 
 _DEPTHS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {

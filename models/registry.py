@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from apot_fat.quant.fake_quant import keeps_negatives
 from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
 from apot_fat.quant.spec import FLOAT_BITS, QuantSpec, nearest
 from apot_fat.quant.spec import preset as quant_preset
@@ -29,12 +30,21 @@ class LayerMaker:
         """Whether the inner layers are full precision."""
         return self.spec.weight_bits == self.spec.act_bits == FLOAT_BITS
 
-    def conv(self, in_channels: int, out_channels: int, kernel_size: int, **options: Any) -> nn.Conv2d:
-        """An inner convolution: quantized, or plain at 32 bits. Without a bias unless asked for."""
+    def conv(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, rectified: bool = False, **options: Any
+    ) -> nn.Conv2d:
+        """An inner convolution: quantized, or plain at 32 bits. Without a bias unless asked for.
+
+        ``rectified`` says that the input is a ReLU's output. Nothing is then below 0, and uniform levels, which for
+        other inputs of FAT's networks go on there, fit into bytes.
+        """
         options = {"bias": False, **options}
         if self.is_float:
             return nn.Conv2d(in_channels, out_channels, kernel_size, **options)
-        return QuantConv2d(in_channels, out_channels, kernel_size, spec=self.spec, **options)
+        spec = self.spec
+        if rectified and keeps_negatives(spec.act_set, spec.act_clip, spec.act_signed) and not spec.act_signed:
+            spec = replace(spec, act_clip="both")
+        return QuantConv2d(in_channels, out_channels, kernel_size, spec=spec, **options)
 
     def relu_conv(
         self, in_channels: int, out_channels: int, kernel_size: int, **options: Any

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from apot_fat.quant.kernels import run
+from apot_fat.quant.kernels import along_rows, run
 from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.spec import ActAlphaGradient, InputClip
 
@@ -68,6 +68,7 @@ def _project_own(u: Tensor, levels: LevelSet) -> Tensor:
         q = _round_to_power_of_two(u, levels.levels[1])
     elif torch.compiler.is_compiling():
         q = _search(u, levels)
+        q = q / _literal(levels.steps, u) if levels.has_table else q
     else:
         thresholds = _constant(levels.thresholds, u.dtype, u.device)
         q = _constant(levels.levels, u.dtype, u.device)[torch.bucketize(u, thresholds, right=True)]
@@ -83,7 +84,8 @@ def _round_to_power_of_two(u: Tensor, smallest: float) -> Tensor:
 def _search(u: Tensor, levels: LevelSet) -> Tensor:
     # for a compiler: arithmetic alone, no table, and any real number. Binary search without branches: each comparison
     # with the sum of the middle two of the remaining values, which is twice their midpoint, chooses a half of them.
-    # B comparisons and 2^B selections. Over numerators the sums are exact, and so the decisions those of the table.
+    # B comparisons and 2^B selections. Where there is a table, over numerators, and one of them is the result: the sums
+    # are exact, and so the decisions those of the table.
     exact = levels.has_table
     values = list(levels.float_numerators if exact else levels.levels)
     values += [values[-1]] * ((1 << levels.bits) - len(values))
@@ -93,7 +95,7 @@ def _search(u: Tensor, levels: LevelSet) -> Tensor:
         half = len(left) // 2
         above = twice >= left[half - 1] + left[half]
         left = [torch.where(above, b, a) for a, b in zip(left[:half], left[half:], strict=True)]
-    return left[0] / _literal(levels.steps, u) if exact else left[0]
+    return left[0]
 
 
 def _literal(value: float, like: Tensor) -> Any:
@@ -196,6 +198,11 @@ def positive(alpha: Tensor) -> Tensor:
     return torch.where(alpha <= 0, ALPHA_FLOOR, alpha)
 
 
+def numerators(value: Tensor, scale: Tensor, denominator: int) -> Tensor:
+    """The integers n of quantized values s n / d, int64; s 0-d or one a row."""
+    return (value.double() / along_rows(scale.double(), value.dim()) * denominator).round().to(torch.int64)
+
+
 def weight_forward(w: Tensor, alpha: Tensor, levels: LevelSet) -> Tensor:
     """w_q of ``quantize_weight``."""
     alpha_used, u = _in_units(w, alpha)
@@ -227,6 +234,15 @@ def activation_forward_with_codes(x: Tensor, alpha: Tensor, levels: LevelSet, cl
     alpha_used, u = _in_units(x, alpha)
     q = _project_clipped(u, levels, clip)
     return (q * alpha_used).to(x.dtype), (q * _literal(levels.steps, q) + 0.5).to(torch.uint8)
+
+
+def activation_codes(x: Tensor, alpha: Tensor, levels: LevelSet, clip: InputClip) -> tuple[Tensor, Tensor]:
+    """The numerators of ``quantize_activation``'s levels as bytes, for ``has_codes``; and 0, but NaN if x holds one."""
+    u = _in_units(x, alpha)[1]
+    if torch.compiler.is_compiling() and not levels.is_uniform and not levels.is_pot:
+        return _search(u, levels).to(torch.uint8), torch.where(u != u, u, 0).sum()
+    q = _project_clipped(u, levels, clip)
+    return (q * _literal(levels.steps, q) + 0.5).to(torch.uint8), q.sum() * 0
 
 
 def has_codes(levels: LevelSet, clip: InputClip) -> bool:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apot_fat.quant.fake_quant import positive
+from apot_fat.quant.fake_quant import numerators, positive
 from apot_fat.quant.kernels import along_rows
 from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
 
@@ -133,5 +133,4 @@ def _bit_length(numbers: Tensor) -> int:
 def _integers(value: Tensor, denominator: int, scale: Tensor) -> Integers:
     if denominator > _MAX_DENOMINATOR:
         raise ValueError(f"levels over {denominator}: integers over at most 2^31 are supported; use fewer bits")
-    numerators = (value.double() / along_rows(scale.double(), value.dim()) * denominator).round().to(torch.int64)
-    return Integers(numerators, denominator, scale.detach().clone())
+    return Integers(numerators(value, scale, denominator), denominator, scale.detach().clone())

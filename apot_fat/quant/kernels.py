@@ -34,7 +34,8 @@ def set_kernels(choice: str) -> None:
 
     Args:
         choice: ``compiled`` always, ``eager`` never compiles; ``auto``, the default, compiles for tensors of at least
-            ``AUTO_ELEMENTS`` elements where a compiler works, and says once in the log which it is.
+            ``AUTO_ELEMENTS`` elements where a compiler works, and says once in the log which it is. But for ``eager``
+            layers in evaluation multiply 8-bit integers where they can (``apot_fat.quant.byte_product``).
 
     Raises:
         ValueError: another choice.

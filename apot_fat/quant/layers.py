@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apot_fat.quant.byte_product import ByteWeight, byte_product, bytes_work, fits_bytes, pack_weight
 from apot_fat.quant.fake_quant import ALPHA_FLOOR, eight_bit_weight, positive, quantize_activation, quantize_weight
 from apot_fat.quant.frequency import frequency_transform
+from apot_fat.quant.kernels import get_kernels
 from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.product import REMEMBER_ELEMENTS, ActSettings, ConvSettings, quantized_product
 from apot_fat.quant.spec import FLOAT_BITS, InputClip, QuantSpec, check_bits, preset
@@ -67,38 +69,58 @@ class _KeepsWeight(nn.Module):
     through ``.data`` shows nowhere: call ``eval()`` after it. Neither saved nor copied.
     """
 
-    _kept: tuple[Tensor, tuple[Tensor, ...], tuple[object, ...]] | None = None
+    _kept: _Kept[Tensor] | None = None
+    _kept_bytes: _Kept[ByteWeight | None] | None = None
 
     def quantized_weight(self) -> Tensor:
         """The weight the layer computes with."""
         raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Compute what the layer keeps in evaluation."""
+        self.quantized_weight()
 
     def _keep_weight(self, sources: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
         needs_gradient = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
         if self.training or needs_gradient:
             return compute()
         if torch.compiler.is_compiling():
-            return self._kept[0] if _kept_weights_are_current and self._kept is not None else compute()
-        if not all(map(_is_plain, sources)):
+            return self._kept.value if _kept_weights_are_current and self._kept is not None else compute()
+        if not all(map(_shows_changes, sources)):
             return compute()
-        state = tuple(part for s in sources for part in (id(s), s._version, s.data_ptr(), s.dtype))
-        if self._kept is None or self._kept[2] != state:
-            with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used with gradients
-                # the sources are held so that no new tensor can take their place in memory
-                self._kept = compute(), tuple(part for s in sources for part in (s, s.detach())), state
-        return self._kept[0]
+        self._kept = _kept_while_same(self._kept, sources, compute)
+        return self._kept.value
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; a kept weight is given up."""
-        self._kept = None
+        self._kept = self._kept_bytes = None
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._kept = None
+        self._kept = self._kept_bytes = None
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "_kept_bytes": None}
+
+
+T = TypeVar("T")
+
+
+class _Kept(NamedTuple, Generic[T]):
+    # a value, the tensors it was made of, and their state then
+    value: T
+    sources: tuple[Tensor, ...]
+    state: tuple[object, ...]
+
+
+def _kept_while_same(kept: _Kept[T] | None, sources: tuple[Tensor, ...], compute: Callable[[], T]) -> _Kept[T]:
+    state = tuple(part for s in sources for part in (id(s), s._version, s.data_ptr(), s.dtype))
+    if kept is not None and kept.state == state:
+        return kept
+    with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used with gradients
+        # the sources are held so that no new tensor can take their place in memory
+        return _Kept(compute(), tuple(part for s in sources for part in (s, s.detach())), state)
 
 
 _kept_weights_are_current = False  # torch.compile guards it: a graph cannot check whether a kept weight is up to date
@@ -116,7 +138,7 @@ def kept_weights(model: nn.Module) -> Iterator[None]:
         return
     for module in model.modules():
         if isinstance(module, _KeepsWeight):
-            module.quantized_weight()
+            module.prepare()
     _kept_weights_are_current = True
     try:
         yield
@@ -125,8 +147,13 @@ def kept_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    # inference tensors have no version counter; subclasses stand for tensors that are elsewhere or nowhere
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
+    # subclasses stand for tensors that are elsewhere or nowhere
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def _shows_changes(tensor: Tensor) -> bool:
+    # inference tensors have no version counter
+    return _is_plain(tensor) and not tensor.is_inference()
 
 
 class _QuantLayer(_KeepsWeight):
@@ -164,7 +191,7 @@ class _QuantLayer(_KeepsWeight):
         # found here, not in forward: torch.compile traces no cached function
         self._weight_set = spec.weight_set if quantizes_weight else None
         self._act_set = spec.act_set if spec.act_bits != FLOAT_BITS else None
-        self._kept = None
+        self._kept = self._kept_bytes = None
         if self.weight_alpha is not None:
             if made and spec.weight_alpha is None:
                 self.set_weight_alpha_from_step()
@@ -260,14 +287,41 @@ class _QuantLayer(_KeepsWeight):
     def _quantized_product(self, x: Tensor, bias: Tensor | None, conv: ConvSettings | None) -> Tensor | None:
         # None where the plain composition does as well: a float or signed input, an input so small that keeping its
         # quantized copy for backward costs less than making it again, or a compiler that decides itself
-        if self.act_alpha is None or self._act_set is None or torch.compiler.is_compiling() or self.spec.act_signed:
+        if self.act_alpha is None or self._act_set is None or self.spec.act_signed:
             return None
-        if torch.is_grad_enabled() and x.numel() < REMEMBER_ELEMENTS:
-            return None
-        spec = self.spec
         scale = self._grad_scale(self._act_set, self._features(x))
-        act = ActSettings(self._act_set, self._input_clip, spec.act_alpha_gradient, scale)
+        act = ActSettings(self._act_set, self._input_clip, self.spec.act_alpha_gradient, scale)
+        weight = self._byte_weight(conv) if x.dtype == torch.float32 and x.device.type == "cpu" else None
+        if weight is not None:
+            return byte_product(x, self.act_alpha, weight, bias, act, conv)
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.numel() < REMEMBER_ELEMENTS):
+            return None
         return quantized_product(x, self.act_alpha, self.quantized_weight(), bias, act, conv)
+
+    def _byte_weight(self, conv: ConvSettings | None) -> ByteWeight | None:
+        # None where the layer multiplies floats
+        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return None
+        if torch.compiler.is_compiling():
+            kept = self._kept_bytes if _kept_weights_are_current else None
+            return None if kept is None else kept.value
+        weight_alpha, act_alpha, weights, act = self.weight_alpha, self.act_alpha, self._weight_set, self._act_set
+        if weight_alpha is None or act_alpha is None or weights is None or act is None:
+            return None
+        sources = tuple(p for p in (self.weight, weight_alpha, act_alpha, self.transform) if p is not None)
+        if get_kernels() == "eager" or not all(p.device.type == "cpu" and _is_plain(p) for p in sources):
+            return None
+        if self.weight.dtype != torch.float32 or not fits_bytes(weights, act, self._input_clip) or not bytes_work():
+            return None
+
+        def compute() -> ByteWeight | None:
+            w_q = self.quantized_weight()
+            return pack_weight(w_q, weight_alpha, weights, act_alpha, act, conv) if w_q.isfinite().all() else None
+
+        if not all(map(_shows_changes, sources)):
+            return compute()
+        self._kept_bytes = _kept_while_same(self._kept_bytes, sources, compute)
+        return self._kept_bytes.value
 
     def mask_range(self) -> tuple[float, float] | None:
         """Largest and smallest value of FAT's mask, range (0, 1); None without a transform."""
@@ -294,7 +348,8 @@ class _QuantLayer(_KeepsWeight):
 class QuantConv2d(_QuantLayer, nn.Conv2d):
     """Convolution of a quantized input with a quantized weight.
 
-    Equation: y = conv(x_q, w_q) + bias, see ``quantize_activation`` and ``quantize_weight``.
+    Equation: y = conv(x_q, w_q) + bias, see ``quantize_activation`` and ``quantize_weight``. In evaluation without
+    gradients a CPU with 8-bit dot products forms the sums from the numerators of the levels, which is exact and faster.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in ``nn.Conv2d``, but
@@ -345,15 +400,27 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = conv(x_q, w_q) + bias."""
-        if x.dim() != 4 or self.padding_mode != "zeros" or isinstance(self.padding, str):
+        conv = self._conv_settings()
+        if x.dim() != 4 or conv is None:
             return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
-        stride = self.stride
-        if self.kernel_size == (1, 1) and stride != (1, 1) and self.padding == (0, 0):
-            # the values between are read by nobody, and need no quantizing
-            x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
-        conv = ConvSettings(stride, self.padding, self.dilation, self.groups)
+        if conv.stride != self.stride:
+            x = x[:, :, :: self.stride[0], :: self.stride[1]]
         y = self._quantized_product(x, self.bias, conv)
         return F.conv2d(self.quantized_input(x), self.quantized_weight(), self.bias, *conv) if y is None else y
+
+    def prepare(self) -> None:
+        """Compute what the layer keeps in evaluation."""
+        conv = self._conv_settings()
+        if conv is None or self._byte_weight(conv) is None:
+            super().prepare()
+
+    def _conv_settings(self) -> ConvSettings | None:
+        # None for a convolution that pads otherwise than with zeros on both sides
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return None
+        # a 1 x 1 convolution with a stride reads the values between never: they need no quantizing
+        skips = self.kernel_size == (1, 1) and self.padding == (0, 0)
+        return ConvSettings((1, 1) if skips else self.stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         """The convolution's description and the quantizers'."""
@@ -390,6 +457,11 @@ class QuantLinear(_QuantLayer, nn.Linear):
         """y = x_q w_qᵀ + bias."""
         y = self._quantized_product(x, self.bias, None)
         return y if y is not None else F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+
+    def prepare(self) -> None:
+        """Compute what the layer keeps in evaluation."""
+        if self._byte_weight(None) is None:
+            super().prepare()
 
     def extra_repr(self) -> str:
         """The linear layer's description and the quantizers'."""

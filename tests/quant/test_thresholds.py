@@ -8,6 +8,7 @@ from torch import nn
 
 from apot_fat.models import create_model
 from apot_fat.quant import clipping_table, fit_threshold, initialize_thresholds, quant_layers
+from apot_fat.quant.watching import watch_inputs
 
 
 def test_thresholds_of_a_network_on_a_batch() -> None:
@@ -24,10 +25,11 @@ def test_thresholds_of_a_network_on_a_batch() -> None:
     layers = dict(quant_layers(model))
     seen: dict[str, torch.Tensor] = {}
     last = layers["layer3.2.conv2"]
-    last.register_forward_pre_hook(lambda _, inputs: seen.setdefault("x", inputs[0]))
-    model(x)  # what training sees first: the network quantized up to there, with the batch's statistics
+    with watch_inputs([last], lambda _, inputs: seen.update(x=inputs[0])):
+        model(x)  # what training sees first: the network quantized up to there, with the batch's statistics
     assert last.act_alpha is not None
-    assert last.act_alpha.item() == fit_threshold(seen["x"].relu(), last.spec.act_set, signed=False)
+    expected = fit_threshold(seen["x"].relu(), last.spec.act_set, signed=False)
+    assert last.act_alpha.item() == pytest.approx(expected, rel=1e-5)  # the layers before multiplied bytes, not floats
     for layer in layers.values():
         assert layer.weight_alpha is not None
         expected = fit_threshold(layer.transformed_weight(), layer.spec.weight_set, signed=True)

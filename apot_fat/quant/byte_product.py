@@ -1,0 +1,137 @@
+"""Convolution and linear layer of quantized operands as products of 8-bit integers, for evaluation on a CPU.
+
+A quantized input is α_a a / d_a with a from 0 to 255, a quantized weight α_w n / d_w with n from −128 to 127, so that a
+layer's sums are integers times one factor a channel. Processors with integer dot products (VNNI, AMX) form them
+several times faster than floats and without rounding: the result does not depend on the order of adding, on threads or
+on the batch, and is that of the packed and the exported network. The products are PyTorch's own oneDNN operators.
+
+Legend: Σ the sum of products, s the factor of a channel.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apot_fat.quant.fake_quant import activation_codes, has_codes, numerators, positive
+from apot_fat.quant.kernels import run
+from apot_fat.quant.levels import LevelSet
+from apot_fat.quant.product import ActSettings, ConvSettings
+from apot_fat.quant.spec import InputClip
+from apot_fat.text import one_line
+
+_DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8")  # older instructions saturate sums of two products at 16 bits
+
+log = logging.getLogger("apot_fat")
+
+
+class ByteWeight(NamedTuple):
+    """A quantized weight as oneDNN reads it.
+
+    ``packed`` its numerators in a layout of the processor's, ``scale`` s = α_w α_a / (d_w d_a) of each output channel,
+    (C_out,), ``zero_point`` zeros, (C_out,); ``channels_last`` whether the weight's channels lie innermost.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    channels_last: bool
+
+
+def fits_bytes(weights: LevelSet, act: LevelSet, clip: InputClip) -> bool:
+    """Whether the levels of a weight and of an unsigned input have numerators of 8 bits."""
+    return has_codes(act, clip) and weights.numerators[0] >= -128 and weights.numerators[-1] <= 127
+
+
+def pack_weight(
+    w_q: Tensor, weight_alpha: Tensor, weights: LevelSet, act_alpha: Tensor, act: LevelSet, conv: ConvSettings | None
+) -> ByteWeight:
+    """A quantized weight and the factor of its sums.
+
+    Args:
+        w_q: (C_out, C_in / groups, k_h, k_w), or (C_out, C_in) without ``conv``.
+        weight_alpha: threshold, 0-d or (C_out,).
+        weights: its levels, see ``fits_bytes``.
+        act_alpha: the input's threshold, 0-d.
+        act: the input's levels.
+        conv: the convolution, or None for a linear layer.
+    """
+    codes = numerators(w_q, positive(weight_alpha), weights.denominator).to(torch.int8).contiguous()
+    scale = positive(weight_alpha).double() * positive(act_alpha).double() / (weights.denominator * act.denominator)
+    scales = scale.expand(len(w_q)).to(torch.float32).contiguous()
+    if conv is None:
+        packed = torch.ops.onednn.qlinear_prepack(codes, None)
+    else:
+        stride, padding, dilation, groups = conv
+        packed = torch.ops.onednn.qconv_prepack(codes, scales, 1.0, 0, stride, padding, dilation, groups, None)
+    return ByteWeight(
+        packed, scales, torch.zeros(len(w_q), dtype=torch.int32), _is_channels_last(w_q) and not w_q.is_contiguous()
+    )
+
+
+def byte_product(
+    x: Tensor, alpha: Tensor, weight: ByteWeight, bias: Tensor | None, act: ActSettings, conv: ConvSettings | None
+) -> Tensor:
+    """Quantize an input and multiply its numerators with a weight's.
+
+    Equation: y = s Σ + bias, Σ = conv(a, n) or a nᵀ.
+
+    Args:
+        x: float32, (N, C_in, H, W), or (…, C_in) without ``conv``.
+        alpha: activation threshold, 0-d.
+        weight: from ``pack_weight``.
+        bias: (C_out,) or None.
+        act: the quantizer.
+        conv: the convolution, or None for a linear layer.
+
+    Returns:
+        y, float32; of a convolution in the memory format of ``F.conv2d``.
+
+    Gradient: none.
+    """
+    codes, nan = run(activation_codes, (x,), (alpha,), act.levels, act.clip, into=torch.uint8)
+    operands = codes, 1.0, 0, weight.packed, weight.scale + nan, weight.zero_point, bias  # bytes have no NaN
+    nothing_after: tuple[Any, ...] = 1.0, 0, torch.float32, "none", [], ""
+    if conv is None:
+        return torch.ops.onednn.qlinear_pointwise(*operands, *nothing_after)
+    stride, padding, dilation, groups = conv
+    y = torch.ops.onednn.qconv2d_pointwise(*operands, stride, padding, dilation, groups, *nothing_after)
+    return y if weight.channels_last or _is_channels_last(x) else y.contiguous()
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1
+
+
+@cache
+def bytes_work() -> bool:
+    """Whether this processor multiplies bytes without saturating and PyTorch gives exact sums: tried once, logged."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not any(capabilities.get(name) for name in _DOT_PRODUCTS):
+        return False
+    try:
+        right = _sums_are_exact()
+    except Exception as error:
+        log.info("quantized layers multiply floats in evaluation: no 8-bit products (%s)", one_line(error)[:200])
+        return False
+    if right:
+        log.info("quantized layers multiply 8-bit integers in evaluation on cpu")
+    return right
+
+
+def _sums_are_exact() -> bool:
+    # the largest products there are, more of them than 16 bits hold
+    ones, bytes_levels = torch.ones(()), LevelSet((0, 255), 255)
+    act = ActSettings(bytes_levels, "both", "full", 1.0)
+    with torch.no_grad():
+        for conv in (None, ConvSettings((1, 1), (0, 0), (1, 1), 1)):
+            shape = (3, 64) if conv is None else (3, 64, 1, 1)
+            w_q, x = torch.full(shape, -1.0), torch.ones(2, *shape[1:])
+            packed = pack_weight(w_q, ones, LevelSet((0, 127), 127), ones, bytes_levels, conv)
+            if (byte_product(x, ones, packed, None, act, conv) + 64).abs().max() > 1e-4:
+                return False
+    return True
