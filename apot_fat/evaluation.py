@@ -13,6 +13,7 @@ from apot_fat.checkpoint import PACKED_SUFFIX, fetch_released, load_packed, load
 from apot_fat.command_line import Request, log
 from apot_fat.models import find_architecture
 from apot_fat.quant.layers import show_params
+from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device
 from apot_fat.training.loop import Result, evaluate
@@ -61,8 +62,9 @@ def evaluate_request(request: Request) -> Result:
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
+    network = compile_network(model, request.given.get("compile", "auto"), device)  # not as it was trained
     result = evaluate(
-        model, make_batches(config, dataset.test, device), amp=config.amp, log=log.info, print_freq=config.print_freq
+        network, make_batches(config, dataset.test, device), amp=config.amp, log=log.info, print_freq=config.print_freq
     )
     log.info(" * Prec %.3f%%", result.top1)
     log.info("%d of %d images correct (%s, test)", result.correct, result.total, dataset.name)

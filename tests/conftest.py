@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from apot_fat.quant.kernels import set_kernels
+from apot_fat.quant import kernels
 
-# a compilation takes seconds: the tests of compiled kernels ask for them
-set_kernels(os.environ.get("APOT_FAT_KERNELS", "eager"))
+if "APOT_FAT_KERNELS" not in os.environ:
+    kernels.AUTO_ELEMENTS = 1 << 62  # a compilation takes seconds: the tests of compiled kernels ask for them
 torch.set_num_threads(1)  # the suite runs on as many processes as cores
 
 
