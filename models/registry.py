@@ -42,7 +42,8 @@ class LayerMaker:
         if self.is_float:
             return nn.Conv2d(in_channels, out_channels, kernel_size, **options)
         spec = self.spec
-        if rectified and keeps_negatives(spec.act_set, spec.act_clip, spec.act_signed) and not spec.act_signed:
+        is_unsigned = spec.act_bits != FLOAT_BITS and not spec.act_signed
+        if rectified and is_unsigned and keeps_negatives(spec.act_set, spec.act_clip, signed=False):
             spec = replace(spec, act_clip="both")
         return QuantConv2d(in_channels, out_channels, kernel_size, spec=spec, **options)
 

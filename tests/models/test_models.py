@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apot_fat.models import create_model, default_preset, find_architecture, list_models
-from apot_fat.quant import PRESETS, EightBitConv2d, EightBitLinear, quant_layers
+from apot_fat.quant import PRESETS, EightBitConv2d, EightBitLinear, QuantConv2d, quant_layers
 
 ALTERNATING = {2: "apot", 3: "fat", 4: "fat", 5: "apot", 32: "apot"}
 SIDES = {"vgg_small": 32, "vgg16": 32}
@@ -39,6 +39,20 @@ def test_every_preset_on_one_network_a_family(name: str) -> None:
         y.square().sum().backward()
         learned = [p for p in model.parameters() if p.requires_grad]
         assert all(p.grad is not None and p.grad.isfinite().all() for p in learned), preset
+
+
+@pytest.mark.parametrize("preset", ["apot-cifar", "fat-cifar"])
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(3, 32), (32, 3)])
+def test_weights_or_activations_alone(preset: str, weight_bits: int, act_bits: int) -> None:
+    model = create_model("resnet20", preset, weight_bits=weight_bits, act_bits=act_bits, num_classes=4)
+    x = torch.rand(2, 3, 16, 16)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    inner = [layer for _, layer in quant_layers(model) if isinstance(layer, QuantConv2d)]
+    assert {layer.spec.act_bits for layer in inner} == {act_bits}
+    assert {layer.spec.weight_bits for layer in inner} == {weight_bits}
+    with torch.no_grad():
+        assert model.eval()(x).isfinite().all()
 
 
 def test_mobilenet_mixes_as_published() -> None:
