@@ -255,8 +255,8 @@ def _bends(table: np.ndarray) -> list[_Bend] | None:
     # from the bytes to the number of the value, counted so that the last one is 255, and from there to the value
     values, ranks = np.unique(table, return_inverse=True)
     numbers = np.arange(len(values)) + BYTE_MAX + 1 - len(values)
-    bends = [_bend(np.arange(len(table)), numbers[ranks]), _bend(numbers, values)]
-    return None if None in bends else [bend for bend in bends if bend is not None]
+    to_number, to_value = _bend(np.arange(len(table)), numbers[ranks]), _bend(numbers, values)
+    return None if to_number is None or to_value is None else [to_number, to_value]
 
 
 def _bend(x: np.ndarray, y: np.ndarray) -> _Bend | None:

@@ -2,8 +2,8 @@
 
 A quantized input is α_a a / d_a with a from 0 to 255, a quantized weight α_w n / d_w with n from −128 to 127, so that a
 layer's sums are integers times one factor a channel. Processors with integer dot products (VNNI, AMX) form them
-several times faster than floats and without rounding: the result does not depend on the order of adding, on threads or
-on the batch, and is that of the packed and the exported network. The products are PyTorch's own oneDNN operators.
+several times faster than floats and without rounding: they do not depend on the order of adding, on threads or on the
+batch, and are those of integer inference. The products are PyTorch's own oneDNN operators.
 
 Legend: Σ the sum of products, s the factor of a channel.
 """

@@ -233,7 +233,7 @@ def activation_forward_with_codes(x: Tensor, alpha: Tensor, levels: LevelSet, cl
     """x_q of ``quantize_activation``, and the numerators of its levels as bytes: for ``has_codes`` only."""
     alpha_used, u = _in_units(x, alpha)
     q = _project_clipped(u, levels, clip)
-    return (q * alpha_used).to(x.dtype), (q * _literal(levels.steps, q) + 0.5).to(torch.uint8)
+    return (q * alpha_used).to(x.dtype), _codes(q, levels)
 
 
 def activation_codes(x: Tensor, alpha: Tensor, levels: LevelSet, clip: InputClip) -> tuple[Tensor, Tensor]:
@@ -242,7 +242,7 @@ def activation_codes(x: Tensor, alpha: Tensor, levels: LevelSet, clip: InputClip
     if torch.compiler.is_compiling() and not levels.is_uniform and not levels.is_pot:
         return _search(u, levels).to(torch.uint8), torch.where(u != u, u, 0).sum()
     q = _project_clipped(u, levels, clip)
-    return (q * _literal(levels.steps, q) + 0.5).to(torch.uint8), q.sum() * 0
+    return _codes(q, levels), q.sum() * 0
 
 
 def has_codes(levels: LevelSet, clip: InputClip) -> bool:
@@ -281,6 +281,10 @@ def activation_backward_from_codes(
     """``activation_backward`` from the numerators."""
     u = _in_units(x, alpha)[1]
     return _activation_gradients(grad, _level(codes, levels, u.dtype), u, alpha, clip, alpha_gradient)
+
+
+def _codes(q: Tensor, levels: LevelSet) -> Tensor:
+    return (q * _literal(levels.steps, q) + 0.5).to(torch.uint8)
 
 
 def _level(codes: Tensor, levels: LevelSet, dtype: torch.dtype) -> Tensor:

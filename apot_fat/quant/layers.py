@@ -61,6 +61,16 @@ def normalize_weight(w: Tensor, spec: QuantSpec) -> Tensor:
     return centered / torch.where(std <= CONSTANT * mean.detach().abs(), 1, std)
 
 
+T = TypeVar("T")
+
+
+class _Kept(NamedTuple, Generic[T]):
+    # a value, the tensors it was made of, and their state then
+    value: T
+    sources: tuple[Tensor, ...]
+    state: tuple[object, ...]
+
+
 class _KeepsWeight(nn.Module):
     """A layer that computes its quantized weight once in evaluation and keeps it while what it is made of stays.
 
@@ -86,41 +96,34 @@ class _KeepsWeight(nn.Module):
             return compute()
         if torch.compiler.is_compiling():
             return self._kept.value if _kept_weights_are_current and self._kept is not None else compute()
+        return self._keep("_kept", sources, compute)
+
+    def _keep(self, name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) -> T:
         if not all(map(_shows_changes, sources)):
             return compute()
-        self._kept = _kept_while_same(self._kept, sources, compute)
-        return self._kept.value
+        state = tuple(part for s in sources for part in (id(s), s._version, s.data_ptr(), s.dtype))
+        kept: _Kept[T] | None = getattr(self, name)
+        if kept is None or kept.state != state:
+            with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used with gradients
+                # the sources are held so that no new tensor can take their place in memory
+                kept = _Kept(compute(), tuple(part for s in sources for part in (s, s.detach())), state)
+            setattr(self, name, kept)
+        return kept.value
+
+    def _give_up_kept(self) -> None:
+        self._kept = self._kept_bytes = None
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; a kept weight is given up."""
-        self._kept = self._kept_bytes = None
+        self._give_up_kept()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._kept = self._kept_bytes = None
+        self._give_up_kept()
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None, "_kept_bytes": None}
-
-
-T = TypeVar("T")
-
-
-class _Kept(NamedTuple, Generic[T]):
-    # a value, the tensors it was made of, and their state then
-    value: T
-    sources: tuple[Tensor, ...]
-    state: tuple[object, ...]
-
-
-def _kept_while_same(kept: _Kept[T] | None, sources: tuple[Tensor, ...], compute: Callable[[], T]) -> _Kept[T]:
-    state = tuple(part for s in sources for part in (id(s), s._version, s.data_ptr(), s.dtype))
-    if kept is not None and kept.state == state:
-        return kept
-    with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used with gradients
-        # the sources are held so that no new tensor can take their place in memory
-        return _Kept(compute(), tuple(part for s in sources for part in (s, s.detach())), state)
 
 
 _kept_weights_are_current = False  # torch.compile guards it: a graph cannot check whether a kept weight is up to date
@@ -191,7 +194,7 @@ class _QuantLayer(_KeepsWeight):
         # found here, not in forward: torch.compile traces no cached function
         self._weight_set = spec.weight_set if quantizes_weight else None
         self._act_set = spec.act_set if spec.act_bits != FLOAT_BITS else None
-        self._kept = self._kept_bytes = None
+        self._give_up_kept()
         if self.weight_alpha is not None:
             if made and spec.weight_alpha is None:
                 self.set_weight_alpha_from_step()
@@ -318,10 +321,7 @@ class _QuantLayer(_KeepsWeight):
             w_q = self.quantized_weight()
             return pack_weight(w_q, weight_alpha, weights, act_alpha, act, conv) if w_q.isfinite().all() else None
 
-        if not all(map(_shows_changes, sources)):
-            return compute()
-        self._kept_bytes = _kept_while_same(self._kept_bytes, sources, compute)
-        return self._kept_bytes.value
+        return self._keep("_kept_bytes", sources, compute)
 
     def mask_range(self) -> tuple[float, float] | None:
         """Largest and smallest value of FAT's mask, range (0, 1); None without a transform."""
