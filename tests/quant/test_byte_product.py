@@ -15,7 +15,7 @@ from apot_fat import QuantConv2d, QuantLinear, preset
 from apot_fat.export import integer_network
 from apot_fat.models import create_model
 from apot_fat.quant.byte_product import bytes_work
-from apot_fat.quant.kernels import get_kernels, set_kernels
+from apot_fat.quant.kernels import set_kernels
 from apot_fat.quant.layers import kept_weights, quant_layers
 from apot_fat.quant.spec import PRESETS
 
@@ -35,11 +35,9 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _no_gradient() -> Iterator[None]:
-    before = get_kernels()
     set_kernels("auto")
     with torch.no_grad():
         yield
-    set_kernels(before)
 
 
 def in_float64(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,18 +12,15 @@ from apot_fat import QuantConv2d, QuantLinear, preset
 from apot_fat.models import create_model, list_models
 from apot_fat.models.registry import find_architecture
 from apot_fat.quant import EightBitConv2d, level_set, quantize_activation, quantize_weight
-from apot_fat.quant.kernels import get_kernels, set_kernels
+from apot_fat.quant.kernels import set_kernels
 from apot_fat.quant.layers import kept_weights
 from apot_fat.quant.spec import PRESETS
 
 
 @pytest.fixture
-def compiled() -> Iterator[None]:
+def compiled() -> None:
     """Kernels compiled inside the test."""
-    before = get_kernels()
     set_kernels("compiled")
-    yield
-    set_kernels(before)
 
 
 @pytest.mark.usefixtures("compiled")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,15 +25,7 @@ from apot_fat.quant import (
     quantize_weight,
     set_bits,
 )
-from apot_fat.quant.kernels import get_kernels, set_kernels
-
-
-@pytest.fixture
-def kernels() -> Iterator[None]:
-    """The choice of kernels is put back after the test."""
-    before = get_kernels()
-    yield
-    set_kernels(before)
+from apot_fat.quant.kernels import set_kernels
 
 
 def weight(shape: tuple[int, ...], layout: str) -> Tensor:
@@ -52,7 +43,6 @@ def grads(w: Tensor, alpha: Tensor, family: str, *, clip: bool) -> tuple[Tensor,
     )
 
 
-@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("family", ["apot", "pot", "uniform", "twos-complement", "odd"])
 def test_each_channel_is_quantized_as_a_tensor_of_its_own(family: str) -> None:
     torch.compiler.reset()
