@@ -19,7 +19,7 @@ from apot_fat.quant.spec import InputClip
 if TYPE_CHECKING:
     import onnx
 
-PROJECT_DOMAIN, PROJECT = "apot_fat", "Project"
+MARKS_DOMAIN, PROJECT = "apot_fat", "Project"
 """The operator that stands for an activation quantizer until it is written out; its ``index`` says which."""
 ONNXRUNTIME_DOMAIN = "com.microsoft"
 BYTE_MAX = 255
@@ -77,6 +77,11 @@ class GraphBuilder:
         self.source = model
         self.nodes: list[onnx.NodeProto] = []
         self.given = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.outputs = {output.name for output in model.graph.output}
+        self.consumers: dict[str, list[onnx.NodeProto]] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                self.consumers.setdefault(name, []).append(node)
         self._to_array = numpy_helper.to_array
         self._constants: dict[str, onnx.TensorProto] = {}
         self._names: dict[tuple[str, tuple[int, ...], bytes], str] = {}
@@ -84,6 +89,11 @@ class GraphBuilder:
     def array(self, name: str) -> np.ndarray | None:
         """The values of a constant of the source graph; None for anything else."""
         return self._to_array(self.given[name]) if name in self.given else None
+
+    def only_consumer(self, name: str) -> onnx.NodeProto | None:
+        """The node of the source graph that alone takes a tensor."""
+        users = self.consumers.get(name, [])
+        return users[0] if len(users) == 1 and name not in self.outputs else None
 
     def constant(self, value: Any, dtype: Any = np.float32) -> str:
         """The name of a constant."""
@@ -116,7 +126,7 @@ class GraphBuilder:
             model.graph.ClearField(field)
         model.graph.node.extend(self.nodes)
         model.graph.initializer.extend(kept)
-        opsets = [opset for opset in model.opset_import if opset.domain != PROJECT_DOMAIN]
+        opsets = [opset for opset in model.opset_import if opset.domain != MARKS_DOMAIN]
         model.ClearField("opset_import")
         model.opset_import.extend(opsets)
         domains = {opset.domain for opset in opsets}
@@ -125,23 +135,11 @@ class GraphBuilder:
         return model
 
 
-def projection_index(node: onnx.NodeProto) -> int | None:
-    """Which quantizer a node stands for; None for any other node."""
-    if node.domain != PROJECT_DOMAIN or node.op_type != PROJECT:
+def mark_index(node: onnx.NodeProto, mark: str = PROJECT) -> int | None:
+    """Which quantizer, or other thing marked, a node stands for; None for any other node."""
+    if node.domain != MARKS_DOMAIN or node.op_type != mark:
         return None
     return next(attribute.i for attribute in node.attribute if attribute.name == "index")
-
-
-def write_projections(model: onnx.ModelProto, projections: list[Projection]) -> onnx.ModelProto:
-    """The same model with every quantizer written out in float arithmetic."""
-    builder = GraphBuilder(model)
-    for node in model.graph.node:
-        index = projection_index(node)
-        if index is None:
-            builder.nodes.append(node)
-        else:
-            emit_projection(builder, node.input[0], projections[index], node.output[0])
-    return builder.finish()
 
 
 def emit_projection(builder: GraphBuilder, x: str, projection: Projection, output: str) -> None:

@@ -25,7 +25,7 @@ from apot_fat.export.graph import (
     emit_cells,
     emit_projection,
     emit_table,
-    projection_index,
+    mark_index,
 )
 
 if TYPE_CHECKING:
@@ -85,11 +85,8 @@ class _Lowering:
         self.builder = GraphBuilder(model)
         self.projections, self.numerators, self.ranges = projections, numerators, ranges
         self.producer = {name: node for node in model.graph.node for name in node.output}
-        self.consumers: dict[str, list[onnx.NodeProto]] = {}
-        for node in model.graph.node:
-            for name in node.input:
-                self.consumers.setdefault(name, []).append(node)
-        self.outputs = {output.name for output in model.graph.output}
+        self.consumers, self.outputs = self.builder.consumers, self.builder.outputs
+        self.only_consumer = self.builder.only_consumer
         self.bytes: dict[str, Bytes] = {}  # float tensors that exist as bytes
         self.floats: set[str] = set()  # those of them that exist as floats too
         self.codes: dict[tuple[str, int, str], str] = {}
@@ -100,7 +97,7 @@ class _Lowering:
             self.as_float(name)
 
     def lower(self, node: onnx.NodeProto) -> None:
-        index = projection_index(node)
+        index = mark_index(node)
         scales = self.integer_weight_scales(node)
         if index is not None:
             users = self.consumers.get(node.output[0], [])
@@ -138,7 +135,7 @@ class _Lowering:
         if node.op_type != "Conv" or node.input[0] not in self.producer or node.output[0] not in self.ranges:
             return None
         project = self.producer[node.input[0]]
-        index = projection_index(project)
+        index = mark_index(project)
         weight = self.builder.array(node.input[1])
         if index is None or weight is None or weight.ndim != 4:
             return None
@@ -205,16 +202,12 @@ class _Lowering:
         new.attribute.extend(node.attribute)
         return new
 
-    def only_consumer(self, name: str) -> onnx.NodeProto | None:
-        users = self.consumers.get(name, [])
-        return users[0] if len(users) == 1 and name not in self.outputs else None
-
     def next_projection(self, name: str) -> Projection | None:
         """The quantizer that alone takes the tensor, perhaps after ReLU and maximum, for integer convolutions."""
         node = self.only_consumer(name)
         while node is not None and (node.op_type == "MaxPool" or self.clip_bounds(node) is not None):
             node = self.only_consumer(node.output[0])
-        index = None if node is None else projection_index(node)
+        index = None if node is None else mark_index(node)
         if node is None or index is None:
             return None
         users = self.consumers.get(node.output[0], [])
@@ -232,7 +225,7 @@ class _Lowering:
     def convolve(self, node: onnx.NodeProto, scales: np.ndarray) -> None:
         builder, output = self.builder, node.output[0]
         project = self.producer[node.input[0]]
-        index = projection_index(project)
+        index = mark_index(project)
         assert index is not None
         projection, numerators = self.projections[index], self.numerators[index]
         assert numerators is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 import os
 import warnings
 from dataclasses import replace
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apot_fat.checkpoint import atomic_write
-from apot_fat.export.graph import PROJECT, PROJECT_DOMAIN, Projection, projection_index, write_projections
+from apot_fat.export.float32 import EXACT_FLOAT, RESCALE, SPLIT_SUMS, Rescaling, write_floats
+from apot_fat.export.graph import MARKS_DOMAIN, PROJECT, Projection, mark_index
 from apot_fat.export.int8 import best_range, write_integers
 from apot_fat.quant.convert import fold_weight
 from apot_fat.quant.integers import integer_weight
@@ -38,7 +40,6 @@ _TIE = 1e-6  # outputs closer than this, relative to the norm, are equal
 _VERIFY_IMAGES = 8
 _CALIBRATION_IMAGES = 64
 _CHUNK = 64  # inputs run at once
-_EXACT_FLOAT = 1 << 24  # integers up to here are float32 numbers
 
 
 class OnnxReport(NamedTuple):
@@ -81,12 +82,11 @@ def export_onnx(
         path: the file; it appears whole or not at all.
         input_shape: of one input, without the batch, such as (3, 32, 32).
         mode: ``float`` computes in float arithmetic, with the numerators of the levels as operands wherever float32
-            holds their sums exactly: these are the same in whatever order a runtime adds, and scaled afterwards (by a
-            division, since runtimes fold a factor into the weights). ``int8``
-            computes convolutions of quantized operands in integers, and their sums in bytes: faster, and close
-            instead of equal, see ``apot_fat.export.int8``. What does not fit that form stays float.
-        verify_with: inputs (N, *input_shape) to compare on; for ``int8`` the ranges of sums are measured on them too,
-            so that they should be real ones. By default a few normally distributed ones.
+            holds their sums exactly, see ``apot_fat.export.float32``. ``int8`` computes convolutions of quantized
+            operands in integers, and their sums in bytes: faster, and close instead of equal, see
+            ``apot_fat.export.int8``. What does not fit that form stays float.
+        verify_with: inputs (N, *input_shape) to compare on, finite; for ``int8`` the ranges of sums are measured on
+            them too, so that they should be real ones. By default a few normally distributed ones.
         max_error: largest median error. By default ``INT8_LIMIT``, or ``FLOAT_LIMIT`` or, where that is more, the
             median difference between PyTorch in float32 and in float64 times ``OWN_ERRORS`` (sums of levels may lie
             on thresholds exactly, where no batch norm follows).
@@ -108,10 +108,12 @@ def export_onnx(
             f"verify_with {tuple(x.shape)}: expected (N, {', '.join(map(str, input_shape))}), N at least 1"
         )
     x = x.detach().to("cpu", torch.float32).contiguous()
+    if not x.isfinite().all():
+        raise ValueError("verify_with: holds NaN or infinity; give inputs that the network is for")
     reference = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    graph, layers = _trace(reference, input_shape, in_integers=mode == "float")
+    graph, layers, rescalings = _trace(reference, input_shape, float(x.abs().max()) if mode == "float" else None)
     projections = [projection for _, projection in layers]
-    file, integer_convs = write_projections(graph, projections), 0
+    file, integer_convs = write_floats(graph, projections, rescalings), 0
     if mode == "int8":
         numerators = [_numerators(layer) for layer, _ in layers]
         ranges = _measure_ranges(file, graph, x)
@@ -148,23 +150,28 @@ def _require(package: str) -> Any:
 class _Plain(nn.Module):
     """A layer with its quantized weight as the weight, and a mark where its input is quantized.
 
-    With ``unit`` both operands are the numerators of their levels, and y = product(n_a, n_w) / unit + bias.
+    With ``rescaling_index`` both operands are the numerators of their levels, and a mark stands for what makes the
+    output of their product. With ``steps`` the input is float, and split: into whole numbers of steps, and rests.
     """
 
     projection_index: int | None
+    rescaling_index: int | None
     relu: bool
-    unit: Tensor | None
+    steps: float | None
 
     def forward(self, x: Tensor) -> Tensor:
         """y = product(x_q, w_q) + bias."""
-        x = _marked(x, self.projection_index, self.relu)
-        bias: Any = self.bias
-        if self.unit is None:
-            return self._product(x, bias)
-        y = self._product(x, None) / self.unit
-        if bias is None:
-            return y
-        return y + (bias[:, None, None] if isinstance(self, nn.Conv2d) else bias)
+        if self.projection_index is not None:
+            x = _marked(PROJECT, self.projection_index, x)
+        elif self.relu:
+            x = F.relu(x)
+        if self.rescaling_index is None:
+            return self._product(x, self.bias)  # type: ignore[arg-type]
+        if self.steps is None:
+            return _marked(RESCALE, self.rescaling_index, self._product(x, None))
+        x = x * self.steps
+        whole = x.round()
+        return _marked(RESCALE, self.rescaling_index, self._product(whole, None), self._product(x - whole, None))
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -180,39 +187,44 @@ class _PlainLinear(_Plain, nn.Linear):
         return F.linear(x, self.weight, bias)
 
 
-def _marked(x: Tensor, index: int | None, relu: bool) -> Tensor:
-    if index is None:
-        return F.relu(x) if relu else x
-    return torch.onnx.ops.symbolic(
-        f"{PROJECT_DOMAIN}::{PROJECT}", (x,), {"index": index}, dtype=x.dtype, shape=x.shape, version=1
-    )
+def _marked(mark: str, index: int, *inputs: Tensor) -> Tensor:
+    x, name = inputs[0], f"{MARKS_DOMAIN}::{mark}"
+    return torch.onnx.ops.symbolic(name, inputs, {"index": index}, dtype=x.dtype, shape=x.shape, version=1)
 
 
 _Quantized = QuantConv2d | QuantLinear
 Layers = list[tuple[_Quantized, Projection]]
 
 
-def _trace(reference: nn.Module, input_shape: tuple[int, ...], *, in_integers: bool) -> tuple[onnx.ModelProto, Layers]:
-    # the graph with Project nodes, and the layer and quantizer that each of them stands for
+def _trace(
+    reference: nn.Module, input_shape: tuple[int, ...], largest_input: float | None
+) -> tuple[onnx.ModelProto, Layers, list[Rescaling]]:
+    # the graph with its marks, the layer and quantizer that each Project stands for, and what each Rescale stands for;
+    # without a largest input the operands are the levels themselves, and nothing is rescaled
     plain = copy.deepcopy(reference)
     layers: Layers = []
+    rescalings: list[Rescaling] = []
     for original, module in zip(list(reference.modules()), list(plain.modules()), strict=True):
         if not isinstance(module, AnyQuantized):
             continue
-        index, relu, unit, numerators = None, False, None, None
+        index, relu, operands = None, False, None
         if isinstance(original, QuantConv2d | QuantLinear):
             relu, projection = original.relu, Projection.of(original)
             if projection is not None:
                 index = len(layers)
-                if in_integers:
-                    numerators, unit = _exact_operands(original, projection)
-                layers.append((original, replace(projection, as_integers=unit is not None)))
-        elif in_integers and isinstance(original, EightBitConv2d):
-            numerators, unit = _first_operands(original)
+                if largest_input is not None:
+                    operands = _exact_operands(original, projection)
+                layers.append((original, replace(projection, as_integers=operands is not None)))
+        elif largest_input is not None and isinstance(original, EightBitConv2d):
+            operands = _split_operands(original, largest_input)
         fold_weight(module, _PlainConv2d if isinstance(module, nn.Conv2d) else _PlainLinear)
-        if numerators is not None:
-            module.weight = nn.Parameter(numerators)
-        module.projection_index, module.relu, module.unit = index, relu, unit  # type: ignore[assignment]
+        marks: dict[str, Any] = {"projection_index": index, "rescaling_index": None, "relu": relu, "steps": None}
+        if operands is not None:
+            marks["rescaling_index"], marks["steps"] = len(rescalings), operands.steps
+            rescalings.append(operands.rescaling)
+            module.weight = nn.Parameter(operands.weight)
+        for name, value in marks.items():
+            setattr(module, name, value)
     batch: Any = torch.export.Dim.DYNAMIC
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning, UserWarning):
@@ -231,7 +243,7 @@ def _trace(reference: nn.Module, input_shape: tuple[int, ...], *, in_integers: b
         except Exception as error:
             raise ValueError(f"{type(reference).__name__}: PyTorch cannot export it: {_gist(error)}") from error
     assert program is not None
-    return program.model_proto, layers
+    return program.model_proto, layers, rescalings
 
 
 def _gist(error: BaseException) -> str:
@@ -241,26 +253,45 @@ def _gist(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _exact_operands(layer: _Quantized, projection: Projection) -> tuple[Tensor | None, Tensor | None]:
-    # the weight's numerators and the sums' unit d_a d_w / (α_a α_w), where float32 holds every sum of products exactly
+class _Operands(NamedTuple):
+    # a weight's numerators, what makes the output of the sums, and into how many steps a 1 of a float input is split
+    weight: Tensor
+    rescaling: Rescaling
+    steps: float | None = None
+
+
+def _exact_operands(layer: _Quantized, projection: Projection) -> _Operands | None:
+    # where float32 holds every sum of products of the numerators exactly
     try:
         integers = integer_weight(layer)
     except ValueError:  # levels too far apart for integers
-        return None, None
+        return None
     if integers is None:
-        return None, None
-    largest = int(integers.numerators.abs().flatten(1).sum(1).max()) * projection.levels.denominator
-    if largest > _EXACT_FLOAT:
-        return None, None
-    step = projection.alpha / projection.levels.denominator * integers.unit(integers.numerators.dim() - 1)
-    return integers.numerators.float(), (1 / step).float()
+        return None
+    largest = integers.numerators.abs().flatten(1).sum(1).double() * projection.levels.denominator
+    if largest.max() > EXACT_FLOAT:
+        return None
+    return _Operands(
+        integers.numerators.float(),
+        _rescaling(layer, integers.unit(1) * projection.alpha / projection.levels.denominator, largest),
+    )
 
 
-def _first_operands(layer: EightBitConv2d) -> tuple[Tensor | None, Tensor | None]:
-    # the numerators of a weight whose input is float, and their unit: products without the rounding of 8-bit weights,
-    # into which a batch norm would be folded
+def _split_operands(layer: EightBitConv2d, largest_input: float) -> _Operands | None:
+    # the input in whole numbers of steps, and what is between them
     integers = integer_weight(layer)
-    return (None, None) if integers is None else (integers.numerators.float(), (1 / integers.unit(0)).float())
+    if integers is None:
+        return None
+    largest = integers.numerators.abs().flatten(1).sum(1).double()
+    steps = 2.0 ** math.floor(math.log2(SPLIT_SUMS / max(largest_input * float(largest.max()), 1)))
+    rescaling = _rescaling(layer, integers.unit(0) / steps, largest * largest_input * steps)
+    return _Operands(integers.numerators.float(), rescaling, steps)
+
+
+def _rescaling(layer: nn.Conv2d | nn.Linear, factor: Tensor, largest: Tensor) -> Rescaling:
+    bias = torch.zeros(len(largest)) if layer.bias is None else layer.bias.detach()
+    inner = layer.weight.dim() - 2
+    return Rescaling(factor.expand(len(largest)).numpy(), bias.double().numpy(), largest.numpy(), inner)
 
 
 def _numerators(layer: _Quantized) -> np.ndarray | None:
@@ -312,7 +343,7 @@ def _measure_ranges(file: onnx.ModelProto, graph: onnx.ModelProto, x: Tensor) ->
     import onnx
     from onnx import helper
 
-    hidden = {name for node in graph.graph.node if projection_index(node) is not None for name in node.output}
+    hidden = {name for node in graph.graph.node if mark_index(node) is not None for name in node.output}
     made = {name for node in graph.graph.node for name in node.output} - hidden
     names = []
     for value in (*graph.graph.value_info, *graph.graph.output):

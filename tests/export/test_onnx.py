@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import runpy
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from apot_fat.checkpoint import load_weights, write_checkpoint
 from apot_fat.data import load_dataset
@@ -146,15 +148,47 @@ def test_float_file_equals_the_network_on_any_batch(name: str, bits: int, tmp_pa
     assert {node.domain for node in file.graph.node} == {""}
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize(("name", "bits"), [("apot-cifar", 4), ("fat-cifar", 3), ("apot-imagenet-pot", 3)])
-def test_float_file_sums_exactly(name: str, bits: int, tmp_path: Path) -> None:
-    layer = QuantConv2d(64, 8, 3, padding=1, spec=preset(name, bits=bits, act_alpha=2.0)).eval()
-    weight, x = integer_weight(layer), torch.rand(4, 64, 9, 9) * 3
+def test_float_file_rounds_once_behind_exact_sums(name: str, bits: int, per_channel: bool, tmp_path: Path) -> None:
+    spec = preset(name, bits=bits, act_alpha=2.0, weight_per_channel=per_channel)
+    layer, x = QuantConv2d(64, 8, 3, padding=1, bias=True, spec=spec), torch.rand(4, 64, 9, 9) * 3
+    if per_channel:
+        layer.weight_alpha.data.mul_(torch.rand(8) + 0.5)  # type: ignore[union-attr]
+    weight = integer_weight(layer)
     assert weight is not None
-    unit = 2.0 / layer.spec.act_set.denominator * weight.scale.double() / weight.denominator
-    export_onnx(layer, tmp_path / "layer.onnx", (64, 9, 9), verify_with=x)
-    expected = IntegerLayer(layer).accumulate(x).float() / (1 / unit).float()
-    assert torch.equal(run_file(tmp_path / "layer.onnx", x, threads=2), expected)
+    unit = 2.0 / layer.spec.act_set.denominator * weight.scale.double().reshape(-1, 1, 1) / weight.denominator
+    exact = IntegerLayer(layer).accumulate(x).double() * unit + layer.bias.detach().double()[:, None, None]  # type: ignore[union-attr]
+    assert_rounded_once(layer, x, exact, tmp_path)
+
+
+def test_float_file_rounds_once_behind_a_float_input(tmp_path: Path) -> None:
+    layer, x = EightBitConv2d(3, 8, 5, padding=2, bias=False), 2 * torch.randn(4, 3, 12, 12)
+    weight = integer_weight(layer)
+    assert weight is not None
+    exact = nn.functional.conv2d(x.double(), weight.numerators * weight.unit(4), padding=2)
+    assert_rounded_once(layer, x, exact, tmp_path)
+
+
+def assert_rounded_once(layer: nn.Module, x: Tensor, exact: Tensor, folder: Path) -> None:
+    """The layer and a batch norm behind it, as a file: float32 numbers next to the exact ones, or almost."""
+    norm = nn.BatchNorm2d(8)
+    for parameter in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(parameter)  # type: ignore[arg-type]
+    norm.running_var = torch.rand(8) + 0.5
+    network = nn.Sequential(layer, norm).eval()
+    with torch.no_grad():
+        expected = norm.double()(exact)
+        norm.float()
+        # not where batch norm takes almost all of a value away
+        large = expected.abs() > (norm.weight / norm.running_var.sqrt()).abs()[:, None, None] * exact.abs().amax() / 16
+    export_onnx(network, folder / "layer.onnx", tuple(x.shape[1:]), verify_with=x)
+    assert "BatchNormalization" not in [node.op_type for node in onnx.load(folder / "layer.onnx").graph.node]
+    for threads in (1, 2):
+        errors = (run_file(folder / "layer.onnx", x, threads) - expected)[large]
+        last_bits = errors / torch.tensor(np.spacing(expected.float().abs().numpy()))[large]
+        assert last_bits.square().mean().sqrt() < 0.35  # numbers rounded once: sqrt(1/12) = 0.29
+        assert last_bits.abs().max() < 1
 
 
 @pytest.mark.parametrize(
@@ -243,19 +277,31 @@ def test_grids_hold_zero_and_the_best_range_leaves_outliers_out() -> None:
     assert best_range(values[:-1]) == (0, 1)
 
 
-def test_released_network_classifies_the_same(reference: Path, tmp_path: Path) -> None:
-    images = reference / "data/cifar10_lossless_test.npz"
-    data = load_dataset(str(images), test_source=str(images), need_train=False).test
-    mean, std = CIFAR_APOT
-    x = normalize(data.images_NHWC[:100], torch.tensor(mean), torch.tensor(std)).permute(0, 3, 1, 2).contiguous()  # type: ignore[union-attr]
-    weights = reference / "reference/released/res20_3bit/model_best.pth.tar"
-    model = load_weights(create_model("resnet20", "apot-cifar", 3), weights).eval()
-    exact = export_onnx(model, tmp_path / "float.onnx", (3, 32, 32), verify_with=x)
-    assert exact.error <= 1e-5
-    assert exact.agreement >= 0.98
-    integer = export_onnx(model, tmp_path / "int8.onnx", (3, 32, 32), "int8", verify_with=x)
-    assert integer.integer_convs == integer.quantized_layers == 20
-    assert integer.agreement >= 0.94
+@pytest.mark.parametrize("bits", [3, 4])
+def test_released_networks_classify_the_same(bits: int, reference: Path, tmp_path: Path) -> None:
+    source = str(reference / "data/cifar10_lossless_test.npz")
+    data = load_dataset(source, test_source=source, need_train=False).test
+    mean, std = map(torch.tensor, CIFAR_APOT)
+    images = normalize(data.images_NHWC, mean, std).permute(0, 3, 1, 2).contiguous()  # type: ignore[union-attr]
+    weights = reference / f"reference/released/res20_{bits}bit/model_best.pth.tar"
+    model = load_weights(create_model("resnet20", "apot-cifar", bits), weights).eval()
+    labels = data.labels_N
+    with torch.no_grad():
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in DataLoader(TensorDataset(images, labels), 128))
+        in_double = copy.deepcopy(model).double()
+        exact = torch.cat([in_double(x.double()).argmax(1) for x in images.split(128)])
+    report = export_onnx(model, tmp_path / "float.onnx", (3, 32, 32), verify_with=images[:100])
+    assert report.error <= 1e-5
+    found = run_file(tmp_path / "float.onnx", images, threads=2).argmax(1)
+    assert torch.equal(found, exact)
+    if bits == 3:  # at 4 bits PyTorch in float32 takes another class for one image that lies on a threshold
+        assert int((found == labels).sum()) == right
+    report = export_onnx(model, tmp_path / "int8.onnx", (3, 32, 32), "int8", verify_with=images[:100])
+    assert report.integer_convs == report.quantized_layers == 20
+    assert report.agreement >= 0.94
+    if bits == 3:
+        found = run_file(tmp_path / "int8.onnx", images, threads=2).argmax(1)
+        assert abs(int((found == labels).sum()) - right) <= 3
 
 
 def test_script_writes_a_file_and_says_mistakes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
