@@ -10,9 +10,9 @@ from torch import Tensor
 from apot_fat.checkpoint import load_weights, num_outputs, read_checkpoint
 from apot_fat.command_line import OneLineParser, log, run_main
 from apot_fat.export import WRITERS
-from apot_fat.report.subject import usual_size
+from apot_fat.report.subject import usual_shape
 from apot_fat.training.config import TrainConfig
-from apot_fat.training.run import create_network, load_config_dataset, make_batches
+from apot_fat.training.run import create_network, load_config_dataset, make_batches, recorded_shape
 
 VERIFY_IMAGES = 100
 
@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     classes = num_outputs(content, f"checkpoint {options.checkpoint}")
     model = load_weights(create_network(config, classes), content).eval()
     images = _images(config) if "data" in given else None
-    size = usual_size(config, trained=bool(recorded))
-    input_shape = (3, size, size) if images is None else tuple(images.shape[1:])
+    shape = recorded_shape(content, f"checkpoint {options.checkpoint}")
+    input_shape = usual_shape(config, shape, options.image_size) if images is None else tuple(images.shape[1:])
     said = WRITERS[options.to](model, Path(options.output), input_shape, images, options.mode)
     log.info("%s: %s", options.output, said)
 

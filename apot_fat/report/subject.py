@@ -32,11 +32,11 @@ from apot_fat.training.run import (
     load_config_dataset,
     make_batches,
     read_run,
+    recorded_shape,
     run_config,
 )
 
 IMAGE_SIZES = {"cifar10": 32, "imagenet": 224}  # pixels, of the data sets of the papers
-DIGITS_SIZE = 8
 _RUN_FOLDER = re.compile(r"(?P<arch>.+)_(?P<bits>\d+)bit")
 _CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
@@ -54,6 +54,7 @@ class Subject:
         recorded: best top-1 that the file records, %, or None.
         trained: whether ``config`` is a run's, with its recipe.
         environment: what a run was computed with, as its checkpoint records it; else empty.
+        shape: (C, H, W) of its images as a run's checkpoint records it, or None.
         group: which of the report's paths it came with, from 0.
     """
 
@@ -65,6 +66,7 @@ class Subject:
     recorded: float | None
     trained: bool
     environment: dict[str, str] = field(default_factory=dict)
+    shape: tuple[int, int, int] | None = None
     group: int = 0
 
     @property
@@ -152,30 +154,36 @@ def load_images(subject: Subject, data: str | None, image_size: int | None, limi
     return Images(dataset.name, batch, evaluate(subject.model, make_batches(config, dataset.test, device)))
 
 
-def input_shape(subject: Subject, images: Images | str, image_size: int | None) -> tuple[int, ...]:
-    """(C, H, W) of what the network takes: its images', or else its data set's."""
+def input_shape(subject: Subject, images: Images | str, image_size: int | None) -> tuple[int, int, int]:
+    """(C, H, W) of what the network takes: its images', or else those of its run or of its papers' data set."""
     if isinstance(images, Images):
-        return tuple(images.batch.shape[1:])
-    size = image_size or usual_size(subject.config, subject.trained)
-    return 3, size, size
+        channels, height, width = images.batch.shape[1:]
+        return channels, height, width
+    return usual_shape(subject.config, subject.shape, image_size)
 
 
-def usual_size(config: TrainConfig, trained: bool) -> int:
-    """Height and width of a network's images, pixels: the config's, or those of its data set.
+def usual_shape(
+    config: TrainConfig, recorded: tuple[int, int, int] | None, image_size: int | None = None
+) -> tuple[int, int, int]:
+    """(C, H, W) of a network's images.
 
     Args:
         config: the run's, or what is known of another network.
-        trained: whether it is a run's; only then ``data`` says what the network was trained on.
+        recorded: the shape that a run's checkpoint records.
+        image_size: height and width, pixels, that go before these.
     """
-    known = DIGITS_SIZE if trained and config.data == "digits" else IMAGE_SIZES[find_architecture(config.arch).dataset]
-    return config.image_size or known
+    if recorded is not None and image_size is None:
+        return recorded
+    size = image_size or config.image_size or IMAGE_SIZES[find_architecture(config.arch).dataset]
+    return 3, size, size
 
 
 def _run(folder: Path, group: int) -> Subject:
     config, content = read_run(folder)
     model = _model(config, read_checkpoint(folder / BEST) if (folder / BEST).is_file() else content)
     made = content.get("environment", {})
-    return Subject(folder, "run", config, model, tuple(content["history"]), None, True, made, group)
+    shape = recorded_shape(content, f"checkpoint {folder / LAST}")
+    return Subject(folder, "run", config, model, tuple(content["history"]), None, True, made, shape, group)
 
 
 def _checkpoint(path: Path, group: int, given: dict[str, Any]) -> Subject:
@@ -188,7 +196,8 @@ def _checkpoint(path: Path, group: int, given: dict[str, Any]) -> Subject:
             if getattr(config, name) != value:
                 raise ValueError(f"checkpoint {path}: was run with {name} = {getattr(config, name)!r}, not {value!r}")
         history, made = tuple(content["history"]), content.get("environment", {})
-        return Subject(path, "checkpoint", config, _model(config, content), history, None, True, made, group)
+        shape = recorded_shape(content, f"checkpoint {path}")
+        return Subject(path, "checkpoint", config, _model(config, content), history, None, True, made, shape, group)
     named = _RUN_FOLDER.fullmatch(path.resolve().parent.name)
     known = {"arch": named["arch"], "bit": int(named["bits"])} if named else {}
     if not checkpoint_thresholds(content, f"checkpoint {path}"):

@@ -62,6 +62,7 @@ from apot_fat.training.optim import freeze_late, make_optimizer, make_schedule
 from apot_fat.training.teacher import load_teacher, teacher_path
 
 LAST, BEST, METRICS, CONFIG = "checkpoint.pth.tar", "model_best.pth.tar", "metrics.jsonl", "config.toml"
+FILE_SIZE = 224  # height and width that image files are brought to, pixels
 _FREE_TO_CHANGE = {"output", "device", "gpu", "print_freq", "histogram_every", "test_batch_size", "data_root"}
 _FREE_TO_CHANGE |= {"epochs", "workers", "dist_timeout", "on_damaged", "compile", "skip_nonfinite", "checkpoint_every"}
 
@@ -155,7 +156,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
         history, position = _restore(state, trackers, processes)
     with (
         process_group(processes, device, config.dist_timeout),
-        _Records(folder, config, processes, history) as records,
+        _Records(folder, config, processes, history, image_shape(config, dataset.test)) as records,
         SignalWatch(log.warning) as watch,
     ):
         log.info(
@@ -259,9 +260,16 @@ def _summary(folder: Path, config: TrainConfig, history: list[dict[str, Any]]) -
 class _Records:
     """The files of a run folder, written by the first process alone."""
 
-    def __init__(self, folder: Path, config: TrainConfig, processes: Processes, history: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        processes: Processes,
+        history: list[dict[str, Any]],
+        shape: tuple[int, int, int],
+    ) -> None:
         self.folder, self.config, self.processes = folder, config, processes
-        self.done = list(history)
+        self.done, self.shape = list(history), shape
         self.board: Board | None = None
 
     def __enter__(self) -> _Records:
@@ -283,7 +291,7 @@ class _Records:
         """Write a checkpoint between two steps; every process waits until it is there."""
         states = gather_objects((_rng_state(), position._asdict()))
         if self.board is not None:
-            checkpoint = _checkpoint(self.config, trackers, history, [rng for rng, _ in states])
+            checkpoint = self._checkpoint(trackers, history, [rng for rng, _ in states])
             checkpoint["positions"] = [position for _, position in states]
             write_checkpoint(checkpoint, self.folder / LAST, keep_before=True)
         wait_for_all()
@@ -295,13 +303,31 @@ class _Records:
             row, best = history[-1], best_index(history)
             log.info("best acc: %f", history[best][_selection_key(history)])
             self.board.write(row, _tested(trackers), images, row["epoch"] - 1)
-            checkpoint = _checkpoint(self.config, trackers, history, rng)
+            checkpoint = self._checkpoint(trackers, history, rng)
             if best == len(history) - 1:
                 write_checkpoint(checkpoint, self.folder / BEST)
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             write_checkpoint(checkpoint, self.folder / LAST, keep_before=True)
         wait_for_all()
+
+    def _checkpoint(
+        self, trackers: dict[str, Any], history: list[dict[str, Any]], rng: list[dict[str, torch.Tensor]]
+    ) -> dict[str, Any]:
+        average = trackers["average"]
+        return {
+            "arch": self.config.arch,
+            "epoch": len(history),
+            "best_prec": history[best_index(history)]["test_top1"] if history else None,
+            "state_dict": _tested(trackers).state_dict(),
+            **({"average": {"trained": trackers["model"].state_dict(), "steps": average.steps}} if average else {}),
+            **{name: trackers[name].state_dict() for name in ("optimizer", "schedule", "scaler")},
+            "rng": rng,
+            "environment": environment(next(trackers["model"].parameters()).device),
+            "config": self.config.to_dict(),
+            "image_shape": self.shape,
+            "history": history,
+        }
 
 
 class _StepSaver:
@@ -386,6 +412,26 @@ def load_config_dataset(config: TrainConfig, *, need_train: bool = True) -> Data
     )
 
 
+def image_shape(config: TrainConfig, images: ImageSet | FileSet) -> tuple[int, int, int]:
+    """(C, H, W) of an image as the network takes it."""
+    height, width = images.size if isinstance(images, ImageSet) else 2 * (config.image_size or FILE_SIZE,)
+    return 3, height, width
+
+
+def recorded_shape(content: dict[str, Any], where: str) -> tuple[int, int, int] | None:
+    """(C, H, W) of the images that a run of ours trained on, as its checkpoint records it; None where it does not.
+
+    Raises:
+        ValueError: something else there than a shape.
+    """
+    shape = content.get("image_shape")
+    if shape is None:
+        return None
+    if not isinstance(shape, tuple) or len(shape) != 3 or not all(type(n) is int and 0 < n < 1 << 16 for n in shape):
+        raise ValueError(f"{where}: image_shape {shape!r:.60}: not three sizes; the file is damaged, take another")
+    return shape
+
+
 def make_batches(
     config: TrainConfig,
     images: ImageSet | FileSet,
@@ -408,7 +454,7 @@ def make_batches(
         augmentation = Augmentation(config.crop_padding, config.flip) if training else None
         return ImageBatches(images, batch_size, device, mean, std, augmentation=augmentation, **options)
     options |= {"crop": config.crop, "workers": config.workers, "on_damaged": config.on_damaged}
-    return FileBatches(images, batch_size, device, mean, std, image_size=config.image_size or 224, **options)
+    return FileBatches(images, batch_size, device, mean, std, image_size=config.image_size or FILE_SIZE, **options)
 
 
 def create_network(config: TrainConfig, num_classes: int) -> nn.Module:
@@ -536,24 +582,6 @@ def _rng_state() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
-
-
-def _checkpoint(
-    config: TrainConfig, trackers: dict[str, Any], history: list[dict[str, Any]], rng: list[dict[str, torch.Tensor]]
-) -> dict[str, Any]:
-    average = trackers["average"]
-    return {
-        "arch": config.arch,
-        "epoch": len(history),
-        "best_prec": history[best_index(history)]["test_top1"] if history else None,
-        "state_dict": _tested(trackers).state_dict(),
-        **({"average": {"trained": trackers["model"].state_dict(), "steps": average.steps}} if average else {}),
-        **{name: trackers[name].state_dict() for name in ("optimizer", "schedule", "scaler")},
-        "rng": rng,
-        "environment": environment(next(trackers["model"].parameters()).device),
-        "config": config.to_dict(),
-        "history": history,
-    }
 
 
 def _tested(trackers: dict[str, Any]) -> nn.Module:

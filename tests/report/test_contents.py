@@ -18,7 +18,7 @@ from apot_fat.quant.layers import normalize_weight, quant_layers
 from apot_fat.quant.measure import measure_input, measure_weight
 from apot_fat.report import cost_report
 from apot_fat.report.contents import Report, build_report
-from apot_fat.report.subject import Images, load_images, load_subjects
+from apot_fat.report.subject import Images, input_shape, load_images, load_subjects
 from apot_fat.training import summarize
 from apot_fat.training.run import LAST
 
@@ -186,7 +186,9 @@ def test_what_cannot_be_shown_is_said(demo: Demo, tmp_path: Path) -> None:
     gone = replace(
         demo.report.subjects[FAT], config=replace(demo.report.subjects[FAT].config, data=str(tmp_path / "no"))
     )
-    assert "not at hand" in str(load_images(gone, None, None, 10))
+    missing = load_images(gone, None, None, 10)
+    assert "not at hand" in str(missing)
+    assert input_shape(gone, missing, None) == gone.shape == (3, 8, 8)
     with pytest.raises(ValueError, match="no data set"):
         load_images(gone, "absent", None, 10)
 

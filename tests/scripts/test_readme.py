@@ -105,7 +105,7 @@ def test_the_places_of_the_contributing_section(run: Run) -> None:
     code, _, err = run("export.py", "result/small_3bit/model_best.pth.tar", "--to", "program", "--output", "small.pt2")
     assert (code, err) == (0, "")
     program = torch.export.load("small.pt2").module()
-    assert program(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+    assert program(torch.zeros(1, 3, 8, 8)).shape == (1, 2)
 
 
 def test_the_scripts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

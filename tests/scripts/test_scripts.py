@@ -97,6 +97,11 @@ def test_our_checkpoints_know_their_network_and_data(run: Run, data: tuple[objec
     code, _, err = run("evaluate.py", "--init", "result/res20_3bit/model_best.pth.tar", "-a", "resnet56")
     assert code == 2
     assert "holds res20, not resnet56" in err
+    onnxruntime = pytest.importorskip("onnxruntime")
+    code, _, err = run("export.py", "result/res20_3bit/model_best.pth.tar", "--to", "onnx", "--output", "net.onnx")
+    assert (code, err) == (0, "")
+    inputs = onnxruntime.InferenceSession("net.onnx").get_inputs()
+    assert inputs[0].shape[1:] == [3, 8, 8]  # those of its own images, not its papers' 32 × 32
 
 
 def test_progressive_prints_table_and_figure(run: Run, data: tuple[object, ...], tmp_path: Path) -> None:

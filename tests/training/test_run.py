@@ -14,7 +14,7 @@ from apot_fat.models import create_model
 from apot_fat.quant import QuantConv2d
 from apot_fat.training import TrainConfig, read_recipe, summarize, train, train_chain
 from apot_fat.training.device import choose_device
-from apot_fat.training.run import BEST, CONFIG, LAST, METRICS, create_network
+from apot_fat.training.run import BEST, CONFIG, LAST, METRICS, create_network, recorded_shape
 
 
 def tiny(tiny_npz: tuple[Path, Path], output: Path, **values: Any) -> TrainConfig:
@@ -70,6 +70,9 @@ def test_a_checkpoint_says_what_it_was_computed_with(
     content = read_checkpoint(last)
     assert content["environment"]["torch"] == torch.__version__
     assert {"commit", "python", "apot-fat", "device"} <= content["environment"].keys()
+    assert content["image_shape"] == (3, 8, 8)
+    with pytest.raises(ValueError, match=r"net.pth: image_shape \[8, 8\]: not three sizes"):
+        recorded_shape({"image_shape": [8, 8]}, "net.pth")
     content["environment"]["torch"] = "1.0"
     write_checkpoint(content, last)
     train(config, resume="auto")
