@@ -48,7 +48,7 @@ def evaluate_request(request: Request) -> Result:
         for name, value in (("arch", entry.arch), ("preset", entry.preset), ("bit", entry.bits), ("data", entry.data)):
             if value:
                 request.given.setdefault(name, value)
-        log.info("%s: published top-1 %.2f%%", entry.name, entry.top1)
+        log.info("%s: %s top-1 %.2f%%", entry.name, "recorded" if entry.file else "published", entry.top1)
     else:
         path = _checkpoint_path(request)
     if path.suffix == PACKED_SUFFIX:
