@@ -13,11 +13,12 @@ from apot_fat.checkpoint import PACKED_SUFFIX, fetch_released, load_packed, load
 from apot_fat.command_line import Request, log
 from apot_fat.models import find_architecture
 from apot_fat.quant.layers import show_params
+from apot_fat.training.build import create_network, created_config, load_config_dataset, make_batches
 from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device
+from apot_fat.training.folder import BEST
 from apot_fat.training.loop import Result, evaluate
-from apot_fat.training.run import BEST, create_network, created_config, load_config_dataset, make_batches
 
 PUBLISHED_ARCH = "res20"  # what the published evaluation line leaves out
 

@@ -11,8 +11,9 @@ from apot_fat.checkpoint import load_weights, num_outputs, read_checkpoint
 from apot_fat.command_line import OneLineParser, log, run_main
 from apot_fat.export import WRITERS
 from apot_fat.report.subject import usual_shape
+from apot_fat.training.build import create_network, load_config_dataset, make_batches
 from apot_fat.training.config import TrainConfig
-from apot_fat.training.run import create_network, load_config_dataset, make_batches, recorded_shape
+from apot_fat.training.folder import recorded_shape
 
 VERIFY_IMAGES = 100
 

@@ -13,9 +13,9 @@ from apot_fat.command_line import log, make_parser, parse_values, run_main
 from apot_fat.report import draw_sweep, seeds_table, sweep_table
 from apot_fat.report.sweep import MEASURES
 from apot_fat.training.distributed import launched
+from apot_fat.training.folder import RunSummary
 from apot_fat.training.recipe import PUBLISHED
 from apot_fat.training.results import ResultRow, read_results, write_results
-from apot_fat.training.run import RunSummary
 from apot_fat.training.sweep import Cell, Sweep, read_sweep, run_sweep
 
 _PARTS = {"recipe": "recipes", "method": "methods", "bits": "bits", "seed": "seeds"}

@@ -10,7 +10,8 @@ import torch
 
 from apot_fat.checkpoint import atomic_write, load_weights, num_outputs, read_checkpoint
 from apot_fat.quant.layers import quant_layers
-from apot_fat.training.run import BEST, LAST, RunSummary, create_network, run_config
+from apot_fat.training.build import create_network
+from apot_fat.training.folder import BEST, LAST, RunSummary, run_config
 
 METHOD_COLORS = {"fp32": "#4d4d4d", "apot": "#0072b2", "fat": "#d55e00", "uniform": "#009e73"}  # Okabe–Ito
 _BIT_STYLES = {32: "-", 5: (0, (1, 1)), 4: "-", 3: "--", 2: ":"}

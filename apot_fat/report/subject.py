@@ -21,20 +21,10 @@ from apot_fat.checkpoint import (
 )
 from apot_fat.models import find_architecture
 from apot_fat.quant.spec import FLOAT_BITS
+from apot_fat.training.build import create_network, created_config, load_config_dataset, make_batches
 from apot_fat.training.config import TrainConfig
+from apot_fat.training.folder import BEST, LAST, best_index, read_run, recorded_shape, run_config
 from apot_fat.training.loop import Result, evaluate
-from apot_fat.training.run import (
-    BEST,
-    LAST,
-    best_index,
-    create_network,
-    created_config,
-    load_config_dataset,
-    make_batches,
-    read_run,
-    recorded_shape,
-    run_config,
-)
 
 IMAGE_SIZES = {"cifar10": 32, "imagenet": 224}  # pixels, of the data sets of the papers
 _RUN_FOLDER = re.compile(r"(?P<arch>.+)_(?P<bits>\d+)bit")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from apot_fat.text import aligned
-from apot_fat.training.run import LAST, RunSummary, summarize
+from apot_fat.training.folder import LAST, RunSummary, summarize
 
 
 def find_runs(output: Path) -> list[RunSummary]:

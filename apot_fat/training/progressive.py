@@ -6,10 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from apot_fat.training.build import load_config_dataset
 from apot_fat.training.device import choose_device
 from apot_fat.training.distributed import launched, process_group
+from apot_fat.training.folder import BEST, RunSummary, is_finished, summarize
 from apot_fat.training.recipe import Recipe
-from apot_fat.training.run import BEST, RunSummary, is_finished, load_config_dataset, summarize, train
+from apot_fat.training.run import train
 
 log = logging.getLogger("apot_fat")
 

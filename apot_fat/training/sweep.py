@@ -14,13 +14,15 @@ from tqdm import tqdm
 
 from apot_fat.data import Dataset
 from apot_fat.quant.spec import PRESETS, check_bits, nearest
+from apot_fat.training.build import load_config_dataset
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device
 from apot_fat.training.distributed import launched, process_group
+from apot_fat.training.folder import BEST, RunSummary, is_finished, summarize
 from apot_fat.training.loop import NonFiniteError
 from apot_fat.training.recipe import PUBLISHED, find_recipe, read_toml
 from apot_fat.training.results import ResultRow
-from apot_fat.training.run import BEST, RunSummary, is_finished, load_config_dataset, summarize, train
+from apot_fat.training.run import train
 
 log = logging.getLogger("apot_fat")
 

@@ -20,7 +20,7 @@ from apot_fat.report import cost_report
 from apot_fat.report.contents import Report, build_report
 from apot_fat.report.subject import Images, input_shape, load_images, load_subjects
 from apot_fat.training import summarize
-from apot_fat.training.run import LAST
+from apot_fat.training.folder import LAST
 
 if TYPE_CHECKING:
     from tests.report.conftest import Demo

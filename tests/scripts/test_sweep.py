@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from apot_fat.checkpoint import read_checkpoint
+from apot_fat.training.folder import LAST
 from apot_fat.training.recipe import CONFIG_ROOT
-from apot_fat.training.run import LAST
 from apot_fat.training.sweep import read_sweep
 
 Run = Callable[..., tuple[int, str, str]]

@@ -21,8 +21,8 @@ from apot_fat.checkpoint import before, read_checkpoint, write_checkpoint
 from apot_fat.models import create_model
 from apot_fat.training import TrainConfig, train
 from apot_fat.training import loop as training_loop
+from apot_fat.training.folder import BEST, LAST, METRICS
 from apot_fat.training.interruption import InterruptedRunError
-from apot_fat.training.run import BEST, LAST, METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,10 +8,10 @@ import torch
 from apot_fat.data import Dataset, ImageSet
 from apot_fat.models import create_model, find_architecture
 from apot_fat.training import read_recipe, train_epoch
+from apot_fat.training.build import make_batches
 from apot_fat.training.objective import Objective
 from apot_fat.training.optim import make_optimizer, make_schedule
 from apot_fat.training.recipe import CONFIG_ROOT
-from apot_fat.training.run import make_batches
 
 SIZES = {"digits": 8, "cifar10": 32, "imagenet": 224}
 

@@ -12,7 +12,7 @@ import pytest
 
 from apot_fat.checkpoint import read_checkpoint
 from apot_fat.training import TrainConfig, train
-from apot_fat.training.run import LAST
+from apot_fat.training.folder import LAST
 
 MINUTES = float(os.environ.get("APOT_FAT_SOAK_MINUTES", "30"))
 

@@ -14,7 +14,8 @@ from apot_fat.quant.layers import quant_layers
 from apot_fat.quant.thresholds import initialize_thresholds
 from apot_fat.training import TrainConfig, evaluate, train
 from apot_fat.training.averaging import WeightAverage
-from apot_fat.training.run import BEST, LAST, load_config_dataset, make_batches, make_objective
+from apot_fat.training.build import load_config_dataset, make_batches, make_objective
+from apot_fat.training.folder import BEST, LAST
 from apot_fat.training.teacher import load_teacher
 
 CPU = torch.device("cpu")

@@ -1,0 +1,134 @@
+"""What a config names: images and their batches, the network and its first weights, the loss."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from apot_fat.checkpoint import TORCHVISION, load_weights, torchvision_weights
+from apot_fat.data import (
+    Augmentation,
+    Batches,
+    Dataset,
+    FileBatches,
+    FileSet,
+    ImageBatches,
+    ImageSet,
+    Mixing,
+    Sharding,
+    load_dataset,
+)
+from apot_fat.models import create_model
+from apot_fat.quant.layers import quant_layers
+from apot_fat.quant.thresholds import initialize_thresholds
+from apot_fat.training.config import TrainConfig
+from apot_fat.training.folder import BEST
+from apot_fat.training.loop import autocast
+from apot_fat.training.objective import Objective
+from apot_fat.training.teacher import load_teacher, teacher_path
+
+FILE_SIZE = 224
+"""Height and width that image files are brought to, pixels."""
+
+
+def load_config_dataset(config: TrainConfig, *, need_train: bool = True) -> Dataset:
+    """The data set a config names."""
+    return load_dataset(
+        config.data,
+        test_source=config.test_data,
+        root=config.data_root,
+        image_size=config.image_size,
+        val_split=config.val_split,
+        seed=config.seed,
+        need_train=need_train,
+        stream=config.streams,
+    )
+
+
+def image_shape(config: TrainConfig, images: ImageSet | FileSet) -> tuple[int, int, int]:
+    """(C, H, W) of an image as the network takes it."""
+    height, width = images.size if isinstance(images, ImageSet) else 2 * (config.image_size or FILE_SIZE,)
+    return 3, height, width
+
+
+def make_batches(
+    config: TrainConfig,
+    images: ImageSet | FileSet,
+    device: torch.device,
+    sharding: Sharding = Sharding(),  # noqa: B008 (frozen)
+    *,
+    training: bool = False,
+) -> Batches:
+    """Batches of images: shuffled and augmented for training, in order for evaluation."""
+    mean, std = config.normalization()
+    batch_size = config.batch_size if training else config.test_batch_size
+    options: dict[str, Any] = {
+        "training": training,
+        "seed": config.seed,
+        "channels_last": config.channels_last,
+        "sharding": sharding,
+        "mixing": Mixing(config.mixup, config.cutout) if training else Mixing(),
+    }
+    if isinstance(images, ImageSet):
+        augmentation = Augmentation(config.crop_padding, config.flip) if training else None
+        return ImageBatches(images, batch_size, device, mean, std, augmentation=augmentation, **options)
+    options |= {"crop": config.crop, "workers": config.workers, "on_damaged": config.on_damaged}
+    return FileBatches(images, batch_size, device, mean, std, image_size=config.image_size or FILE_SIZE, **options)
+
+
+def create_network(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The network a config names."""
+    options = {"weight_per_channel": True} if config.weight_per_channel else {}
+    return create_model(config.arch, config.preset, config.bit, num_classes, **options)
+
+
+def created_config(model: nn.Module, **given: Any) -> TrainConfig:
+    """The config of a network that ``create_model`` built, such as a packed file's; ``given`` names what it leaves."""
+    made: Any = model.created_as
+    return TrainConfig.from_dict({**given, "arch": made["name"], "preset": made["preset"], "bit": made["bits"]})
+
+
+def load_initial_weights(model: nn.Module, config: TrainConfig) -> None:
+    """Start from ``config.init``: a checkpoint of any bit-width, torchvision's fp32 weights, or nothing."""
+    if config.init in (None, "none"):
+        return
+    source = torchvision_weights(config.arch) if config.init == TORCHVISION else str(config.init)
+    load_weights(model, source, other_bits=True)
+
+
+def make_objective(config: TrainConfig, num_classes: int, device: torch.device) -> Objective:
+    """The loss a config asks for.
+
+    Raises:
+        ValueError: a teacher that is not there or does not fit.
+    """
+    teacher = None
+    if config.distill_weight:
+        teacher = load_teacher(config, teacher_path(config, BEST), num_classes, device)
+    return Objective(
+        label_smoothing=config.label_smoothing,
+        teacher=teacher,
+        distill_weight=config.distill_weight,
+        distill_temperature=config.distill_temperature,
+        dampening=config.dampening,
+    )
+
+
+def set_initial_thresholds(model: nn.Module, config: TrainConfig, batches: Batches, device: torch.device) -> None:
+    """Set the thresholds as ``config.threshold_init`` says, on the first training batch of this process."""
+    if config.threshold_init == "constant" or not any(True for _ in quant_layers(model)):
+        return
+    batches.set_epoch(0)
+    with autocast(device, config.amp):
+        initialize_thresholds(model, next(iter(batches.unmixed())).x, config.threshold_init)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch (every device), NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % (1 << 32))  # noqa: NPY002 (libraries that use the global state)
+    random.seed(seed)

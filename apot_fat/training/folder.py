@@ -1,0 +1,299 @@
+"""A run folder: what is written there while a run trains, and read from it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from torch import Tensor
+
+from apot_fat.checkpoint import atomic_write, read_newest, remove_leftovers, write_checkpoint
+from apot_fat.training.board import Board
+from apot_fat.training.config import TrainConfig
+from apot_fat.training.distributed import Processes, gather_objects, largest_over_processes, wait_for_all
+from apot_fat.training.interruption import InterruptedRunError, SignalWatch
+from apot_fat.training.loop import Meter, Position
+from apot_fat.training.state import TrainState, rng_state
+
+LAST, BEST, METRICS, CONFIG = "checkpoint.pth.tar", "model_best.pth.tar", "metrics.jsonl", "config.toml"
+_FREE_TO_CHANGE = {"output", "device", "gpu", "print_freq", "histogram_every", "test_batch_size", "data_root"}
+_FREE_TO_CHANGE |= {"epochs", "workers", "dist_timeout", "on_damaged", "compile", "skip_nonfinite", "checkpoint_every"}
+
+log = logging.getLogger("apot_fat")
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run gave.
+
+    Args:
+        folder: the run folder.
+        arch, method, bits: what was trained.
+        epochs: epochs trained.
+        last, best: top-1 on the test images, %, at the last and at the best epoch (``best_epoch``, from 1).
+        last_val: top-1 on the held-out images at the last epoch, %; None without ``val_split``.
+        best_on: what chose the best epoch: ``test``, as published, or ``val``.
+        thresholds: every clipping threshold, or empty at 32 bits.
+        seconds: training and evaluation, wall time.
+    """
+
+    folder: Path
+    arch: str
+    method: str
+    bits: int
+    epochs: int
+    last: float
+    last_val: float | None
+    best: float
+    best_epoch: int
+    best_on: str
+    thresholds: tuple[float, ...]
+    seconds: float
+
+
+def summarize(folder: Path) -> RunSummary:
+    """The summary of a run folder, from its files.
+
+    Raises:
+        ValueError: no run there, or a damaged file.
+    """
+    config, content = read_run(folder)
+    return summary_of(folder, config, content["history"])
+
+
+def summary_of(folder: Path, config: TrainConfig, history: list[dict[str, Any]]) -> RunSummary:
+    """The summary of a run from its rows, one an epoch, at least one."""
+    best = best_index(history)
+    alphas = [
+        alpha for layer in history[-1]["layers"].values() for alpha in (layer["weight_alpha"], layer["act_alpha"])
+    ]
+    return RunSummary(
+        folder=folder,
+        arch=config.arch,
+        method=config.method,
+        bits=config.bit,
+        epochs=len(history),
+        last=history[-1]["test_top1"],
+        last_val=history[-1].get("val_top1"),
+        best=history[best]["test_top1"],
+        best_epoch=best + 1,
+        best_on=_selection_key(history).removesuffix("_top1"),
+        thresholds=tuple(alpha for alpha in alphas if alpha is not None),
+        seconds=sum(row["seconds"] for row in history),
+    )
+
+
+def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """Config and newest checkpoint of a run folder with at least one finished epoch.
+
+    Raises:
+        ValueError: no run there, a damaged file, or no finished epoch.
+    """
+    content = read_newest(folder / LAST, log.warning)
+    config = run_config(content, folder / LAST)
+    if not content["history"]:
+        raise ValueError(f"{folder}: the run has finished no epoch yet; go on with --resume auto")
+    return config, content
+
+
+def run_config(content: dict[str, Any], path: Path) -> TrainConfig:
+    """The config inside one of our checkpoints.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    if not isinstance(content.get("config"), dict) or not isinstance(content.get("history"), list):
+        raise ValueError(f"checkpoint {path}: not written by a training run of apot-fat")
+    return TrainConfig.from_dict(content["config"], f"checkpoint {path}")
+
+
+def recorded_shape(content: dict[str, Any], where: str) -> tuple[int, int, int] | None:
+    """(C, H, W) of the images that a run of ours trained on, as its checkpoint records it; None where it does not.
+
+    Raises:
+        ValueError: something else there than a shape.
+    """
+    shape = content.get("image_shape")
+    if shape is None:
+        return None
+    if not isinstance(shape, tuple) or len(shape) != 3 or not all(type(n) is int and 0 < n < 1 << 16 for n in shape):
+        raise ValueError(f"{where}: image_shape {shape!r:.60}: not three sizes; the file is damaged, take another")
+    return shape
+
+
+def is_finished(config: TrainConfig) -> bool:
+    """Whether the config's run folder holds all of its epochs.
+
+    Raises:
+        ValueError: a damaged checkpoint, or one of another config.
+    """
+    state = resumed_content(Path(config.output) / config.run_name, config, "auto")
+    return state is not None and len(state["history"]) >= config.epochs
+
+
+def resumed_content(folder: Path, config: TrainConfig, resume: str | None) -> dict[str, Any] | None:
+    """The checkpoint that a run goes on from; None where it starts.
+
+    Args:
+        folder: the run folder.
+        config: the run.
+        resume: as in ``train``.
+
+    Raises:
+        ValueError: a run in the folder already and no ``resume``, a damaged checkpoint, or one of another config.
+    """
+    last = folder / LAST
+    if resume is None:
+        if last.exists():
+            raise ValueError(f"{folder} holds a run already: go on with --resume auto, or name another --output")
+        return None
+    path = last if resume == "auto" else Path(resume)
+    if resume == "auto" and not path.exists():
+        return None
+    content = read_newest(path, log.warning)
+    before = run_config(content, path).to_dict()
+    now = config.to_dict()
+    for name in sorted({*before, *now} - _FREE_TO_CHANGE):
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"checkpoint {path}: was run with {name} = {before.get(name)!r}, not {now.get(name)!r}; "
+                "give that value, or name another --output"
+            )
+    if before.get("epochs") != now.get("epochs") and (config.schedule != "step" or config.freeze_weights_from < 1):
+        what = f"{config.schedule} schedule" if config.schedule != "step" else "freeze_weights_from"
+        raise ValueError(
+            f"checkpoint {path}: was run with epochs = {before['epochs']}, which its {what} depends on, "
+            f"not {config.epochs}"
+        )
+    return content
+
+
+def best_index(history: list[dict[str, Any]]) -> int:
+    """Index of the best epoch: the first with the highest accuracy on the selecting images."""
+    key = _selection_key(history)
+    return max(range(len(history)), key=lambda i: (history[i][key], -i))
+
+
+class Records:
+    """The files of a run folder, written by the first process alone."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        processes: Processes,
+        history: list[dict[str, Any]],
+        shape: tuple[int, int, int],
+    ) -> None:
+        self.folder, self.config, self.processes = folder, config, processes
+        self.done, self.shape = list(history), shape
+        self.board: Board | None = None
+
+    def __enter__(self) -> Records:
+        if self.processes.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
+            with atomic_write(self.folder / CONFIG) as temporary:
+                temporary.write_text(tomli_w.dumps(self.config.to_dict()), encoding="utf-8")
+            with atomic_write(self.folder / METRICS) as temporary:  # without rows of an epoch that was not saved
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.done), encoding="utf-8")
+            self.board = Board(self.folder, self.config, len(self.done))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.board is not None:
+            self.board.close()
+
+    def save_within_epoch(self, state: TrainState, history: list[dict[str, Any]], position: Position) -> None:
+        """Write a checkpoint between two steps; every process waits until it is there."""
+        states = gather_objects((rng_state(), position._asdict()))
+        if self.board is not None:
+            checkpoint = self._checkpoint(state, history, [rng for rng, _ in states])
+            checkpoint["positions"] = [position for _, position in states]
+            write_checkpoint(checkpoint, self.folder / LAST, keep_before=True)
+        wait_for_all()
+
+    def save(self, state: TrainState, history: list[dict[str, Any]], images: Tensor | None = None) -> None:
+        """Record the epoch just ended, the last images evaluated; every process waits until its files are there."""
+        rng = gather_objects(rng_state())
+        if self.board is not None:
+            row, best = history[-1], best_index(history)
+            log.info("best acc: %f", history[best][_selection_key(history)])
+            self.board.write(row, state.tested, images, row["epoch"] - 1)
+            checkpoint = self._checkpoint(state, history, rng)
+            if best == len(history) - 1:
+                write_checkpoint(checkpoint, self.folder / BEST)
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            write_checkpoint(checkpoint, self.folder / LAST, keep_before=True)
+        wait_for_all()
+
+    def _checkpoint(
+        self, state: TrainState, history: list[dict[str, Any]], rng: list[dict[str, Tensor]]
+    ) -> dict[str, Any]:
+        return {
+            "arch": self.config.arch,
+            "epoch": len(history),
+            "best_prec": history[best_index(history)]["test_top1"] if history else None,
+            **state.content(),
+            "rng": rng,
+            "config": self.config.to_dict(),
+            "image_shape": self.shape,
+            "history": history,
+        }
+
+
+class StepSaver:
+    """Saves within an epoch: every so many steps, and when a signal ends the run."""
+
+    def __init__(
+        self,
+        records: Records,
+        state: TrainState,
+        history: list[dict[str, Any]],
+        watch: SignalWatch,
+        every: int,
+    ) -> None:
+        self.records, self.state, self.history, self.watch, self.every = records, state, history, watch, every
+        self.steps = 0
+        self.reached: tuple[int, Meter] | None = None
+        self.test_batch: Tensor | None = None
+
+    def after_step(self, batches: int, meter: Meter) -> None:
+        """Called after each optimiser step."""
+        self.steps += 1
+        self.reached = batches, meter
+        due = self.every > 0 and self.steps % self.every == 0
+        if due:
+            self._save()
+        self.stop_if_asked(saved=due)
+
+    def after_test_batch(self, x: Tensor) -> None:
+        """Called after each batch of evaluation."""
+        self.test_batch = x
+        # processes see different numbers of batches and cannot agree here: several go on to the epoch's end
+        if not self.records.processes.is_distributed:
+            self.stop_if_asked(saved=False)
+
+    def stop_if_asked(self, *, saved: bool) -> None:
+        """End the run if a signal came: ``InterruptedRunError``, the run saved."""
+        # a signal may reach the processes in different steps
+        asked = largest_over_processes(self.watch.received or 0, self.state.device)
+        if not asked:
+            return
+        if not saved:
+            self._save()
+        raise InterruptedRunError(asked, f"saved in {self.records.folder}; go on with --resume auto")
+
+    def _save(self) -> None:
+        if self.reached is not None:
+            batches, meter = self.reached
+            self.records.save_within_epoch(self.state, self.history, Position(batches, meter.state()))
+
+
+def _selection_key(history: list[dict[str, Any]]) -> str:
+    return "val_top1" if "val_top1" in history[0] else "test_top1"
