@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apot_fat.export.graph import GraphBuilder, Projection, emit_projection, mark_index
+from apot_fat.export.graph import PROJECT, GraphBuilder, Projection, emit_projection, mark_index
 
 if TYPE_CHECKING:
     import onnx
@@ -68,7 +68,7 @@ def write_floats(model: onnx.ModelProto, projections: list[Projection], rescalin
     builder = GraphBuilder(model)
     written: set[str] = set()
     for node in model.graph.node:
-        projection, rescaling = mark_index(node), mark_index(node, RESCALE)
+        projection, rescaling = mark_index(node, PROJECT), mark_index(node, RESCALE)
         if projection is not None:
             emit_projection(builder, node.input[0], projections[projection], node.output[0])
         elif rescaling is not None:
@@ -86,9 +86,8 @@ def _with_batch_norm(builder: GraphBuilder, scale: Rescaling, node: onnx.NodePro
     norm = builder.only_consumer(output)
     if norm is None or norm.op_type != "BatchNormalization" or not scale.inner:
         return scale, output
-    statistics = [builder.array(name) for name in norm.input[1:5]]
+    weight, bias, mean, var = (builder.array(name) for name in norm.input[1:5])
     eps = next((attribute.f for attribute in norm.attribute if attribute.name == "epsilon"), 1e-5)
-    weight, bias, mean, var = statistics
     if weight is None or bias is None or mean is None or var is None:
         return scale, output
     return scale.then_batch_norm(weight, bias, mean, var, eps), norm.output[0]

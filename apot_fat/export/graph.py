@@ -135,8 +135,8 @@ class GraphBuilder:
         return model
 
 
-def mark_index(node: onnx.NodeProto, mark: str = PROJECT) -> int | None:
-    """Which quantizer, or other thing marked, a node stands for; None for any other node."""
+def mark_index(node: onnx.NodeProto, mark: str) -> int | None:
+    """Which of the things that a mark stands for a node is, by its ``index``; None for any other node."""
     if node.domain != MARKS_DOMAIN or node.op_type != mark:
         return None
     return next(attribute.i for attribute in node.attribute if attribute.name == "index")

@@ -20,6 +20,7 @@ import numpy as np
 
 from apot_fat.export.graph import (
     BYTE_MAX,
+    PROJECT,
     GraphBuilder,
     Projection,
     emit_cells,
@@ -85,22 +86,20 @@ class _Lowering:
         self.builder = GraphBuilder(model)
         self.projections, self.numerators, self.ranges = projections, numerators, ranges
         self.producer = {name: node for node in model.graph.node for name in node.output}
-        self.consumers, self.outputs = self.builder.consumers, self.builder.outputs
-        self.only_consumer = self.builder.only_consumer
         self.bytes: dict[str, Bytes] = {}  # float tensors that exist as bytes
         self.floats: set[str] = set()  # those of them that exist as floats too
         self.codes: dict[tuple[str, int, str], str] = {}
         self.count = 0
         for node in model.graph.node:
             self.lower(node)
-        for name in self.outputs:
+        for name in self.builder.outputs:
             self.as_float(name)
 
     def lower(self, node: onnx.NodeProto) -> None:
-        index = mark_index(node)
+        index = mark_index(node, PROJECT)
         scales = self.integer_weight_scales(node)
         if index is not None:
-            users = self.consumers.get(node.output[0], [])
+            users = self.builder.consumers.get(node.output[0], [])
             if not all(self.integer_weight_scales(user) is not None for user in users):
                 emit_projection(self.builder, self.as_float(node.input[0]), self.projections[index], node.output[0])
         elif scales is not None:
@@ -135,7 +134,7 @@ class _Lowering:
         if node.op_type != "Conv" or node.input[0] not in self.producer or node.output[0] not in self.ranges:
             return None
         project = self.producer[node.input[0]]
-        index = mark_index(project)
+        index = mark_index(project, PROJECT)
         weight = self.builder.array(node.input[1])
         if index is None or weight is None or weight.ndim != 4:
             return None
@@ -204,19 +203,19 @@ class _Lowering:
 
     def next_projection(self, name: str) -> Projection | None:
         """The quantizer that alone takes the tensor, perhaps after ReLU and maximum, for integer convolutions."""
-        node = self.only_consumer(name)
+        node = self.builder.only_consumer(name)
         while node is not None and (node.op_type == "MaxPool" or self.clip_bounds(node) is not None):
-            node = self.only_consumer(node.output[0])
-        index = None if node is None else mark_index(node)
+            node = self.builder.only_consumer(node.output[0])
+        index = None if node is None else mark_index(node, PROJECT)
         if node is None or index is None:
             return None
-        users = self.consumers.get(node.output[0], [])
+        users = self.builder.consumers.get(node.output[0], [])
         integer = users and all(self.integer_weight_scales(user) is not None for user in users)
         return self.projections[index] if integer else None
 
     def range_of(self, name: str) -> tuple[float, float]:
         """Smallest and largest value worth representing: a ReLU that alone takes the tensor makes it non-negative."""
-        user = self.only_consumer(name)
+        user = self.builder.only_consumer(name)
         low, high = self.ranges[name]
         if user is None or self.clip_bounds(user) is None:
             return low, high
@@ -225,7 +224,7 @@ class _Lowering:
     def convolve(self, node: onnx.NodeProto, scales: np.ndarray) -> None:
         builder, output = self.builder, node.output[0]
         project = self.producer[node.input[0]]
-        index = mark_index(project)
+        index = mark_index(project, PROJECT)
         assert index is not None
         projection, numerators = self.projections[index], self.numerators[index]
         assert numerators is not None
@@ -285,7 +284,9 @@ class _Lowering:
 
     def project(self, x: str, projection: Projection, strides: list[int] | None) -> str:
         builder, levels = self.builder, projection.levels
-        if x not in self.bytes and any(user.op_type == "Add" and self.is_sum(user) for user in self.consumers[x]):
+        if x not in self.bytes and any(
+            user.op_type == "Add" and self.is_sum(user) for user in self.builder.consumers[x]
+        ):
             # a sum needs the bytes too
             self.bytes[x] = self.quantize(x, *self.ranges[x])
             self.floats.add(x)

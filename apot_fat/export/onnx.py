@@ -21,7 +21,7 @@ from apot_fat.export.float32 import EXACT_FLOAT, RESCALE, SPLIT_SUMS, Rescaling,
 from apot_fat.export.graph import MARKS_DOMAIN, PROJECT, Projection, mark_index
 from apot_fat.export.int8 import best_range, write_integers
 from apot_fat.quant.convert import fold_weight
-from apot_fat.quant.integers import integer_weight
+from apot_fat.quant.integers import Integers, integer_weight
 from apot_fat.quant.layers import AnyQuantized, EightBitConv2d, QuantConv2d, QuantLinear
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def export_onnx(
     projections = [projection for _, projection in layers]
     file, integer_convs = write_floats(graph, projections, rescalings), 0
     if mode == "int8":
-        numerators = [_numerators(layer) for layer, _ in layers]
+        weights = [_integers(layer) for layer, _ in layers]
+        numerators = [None if weight is None else weight.numerators.numpy() for weight in weights]
         ranges = _measure_ranges(file, graph, x)
         file, integer_convs = write_integers(graph, projections, numerators, ranges)
     content = file.SerializeToString()
@@ -262,10 +263,7 @@ class _Operands(NamedTuple):
 
 def _exact_operands(layer: _Quantized, projection: Projection) -> _Operands | None:
     # where float32 holds every sum of products of the numerators exactly
-    try:
-        integers = integer_weight(layer)
-    except ValueError:  # levels too far apart for integers
-        return None
+    integers = _integers(layer)
     if integers is None:
         return None
     largest = integers.numerators.abs().flatten(1).sum(1).double() * projection.levels.denominator
@@ -279,12 +277,12 @@ def _exact_operands(layer: _Quantized, projection: Projection) -> _Operands | No
 
 def _split_operands(layer: EightBitConv2d, largest_input: float) -> _Operands | None:
     # the input in whole numbers of steps, and what is between them
-    integers = integer_weight(layer)
+    integers = _integers(layer)
     if integers is None:
         return None
     largest = integers.numerators.abs().flatten(1).sum(1).double()
     steps = 2.0 ** math.floor(math.log2(SPLIT_SUMS / max(largest_input * float(largest.max()), 1)))
-    rescaling = _rescaling(layer, integers.unit(0) / steps, largest * largest_input * steps)
+    rescaling = _rescaling(layer, integers.unit(1) / steps, largest * largest_input * steps)
     return _Operands(integers.numerators.float(), rescaling, steps)
 
 
@@ -294,12 +292,11 @@ def _rescaling(layer: nn.Conv2d | nn.Linear, factor: Tensor, largest: Tensor) ->
     return Rescaling(factor.expand(len(largest)).numpy(), bias.double().numpy(), largest.numpy(), inner)
 
 
-def _numerators(layer: _Quantized) -> np.ndarray | None:
+def _integers(layer: _Quantized | EightBitConv2d) -> Integers | None:
     try:
-        integers = integer_weight(layer)
+        return integer_weight(layer)
     except ValueError:  # levels too far apart for integers
         return None
-    return None if integers is None else integers.numerators.numpy()
 
 
 def _only_output(y: Any) -> Tensor:
@@ -343,7 +340,7 @@ def _measure_ranges(file: onnx.ModelProto, graph: onnx.ModelProto, x: Tensor) ->
     import onnx
     from onnx import helper
 
-    hidden = {name for node in graph.graph.node if mark_index(node) is not None for name in node.output}
+    hidden = {name for node in graph.graph.node if mark_index(node, PROJECT) is not None for name in node.output}
     made = {name for node in graph.graph.node for name in node.output} - hidden
     names = []
     for value in (*graph.graph.value_info, *graph.graph.output):

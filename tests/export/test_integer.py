@@ -1,23 +1,21 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apot_fat import load_weights
-from apot_fat.data import load_dataset
-from apot_fat.data.images import normalize
-from apot_fat.data.normalization import CIFAR_APOT
 from apot_fat.export import IntegerLayer, compare_networks, integer_network, simulated_accumulator
 from apot_fat.export.integer import layer_inputs
 from apot_fat.models import create_model
 from apot_fat.quant import QuantConv2d, QuantLinear, level_set, preset, quant_layers
 from apot_fat.quant.integers import shift_terms
+
+if TYPE_CHECKING:
+    from tests.export.conftest import Released
 
 CONVOLUTIONS: list[dict[str, Any]] = [
     {"kernel_size": 1},
@@ -196,8 +194,8 @@ RELEASED = [(3, 947), (4, 941)]
 
 
 @pytest.mark.parametrize(("bits", "correct"), RELEASED)
-def test_released_layers_agree_to_the_last_bit(reference: Path, bits: int, correct: int) -> None:
-    model, images, _ = released(reference, bits)
+def test_released_layers_agree_to_the_last_bit(released: Released, bits: int, correct: int) -> None:
+    model, images, _ = released(bits)
     layers = dict(quant_layers(model))
     _, inputs = layer_inputs(model, list(layers), images[:3])
     assert len(inputs) == 20
@@ -209,8 +207,8 @@ def test_released_layers_agree_to_the_last_bit(reference: Path, bits: int, corre
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "correct"), RELEASED)
-def test_released_networks_agree_but_for_rounding_ties(reference: Path, bits: int, correct: int) -> None:
-    model, images, labels = released(reference, bits)
+def test_released_networks_agree_but_for_rounding_ties(released: Released, bits: int, correct: int) -> None:
+    model, images, labels = released(bits)
     layers = dict(quant_layers(model))
     multiply, shift = integer_network(model), integer_network(model, "shift")
     right = {"float": 0, "multiply": 0, "shift": 0}
@@ -237,12 +235,3 @@ def check_accumulators(layer: QuantConv2d | QuantLinear, x: Tensor) -> None:
     multiply, shift = (IntegerLayer(layer, arithmetic).accumulate(x) for arithmetic in ("multiply", "shift"))
     assert torch.equal(multiply, shift)
     assert torch.equal(multiply.long(), simulated_accumulator(layer, x))
-
-
-@torch.no_grad()
-def released(reference: Path, bits: int) -> tuple[nn.Module, Tensor, Tensor]:
-    path = reference / f"reference/released/res20_{bits}bit/model_best.pth.tar"
-    model = load_weights(create_model("resnet20", "apot-cifar", bits), path).eval().requires_grad_(False)
-    test = load_dataset(str(reference / "data/cifar10_lossless_test.npz"), need_train=False).test
-    images = normalize(test.images_NHWC, *map(torch.tensor, CIFAR_APOT))  # type: ignore[union-attr]
-    return model, images.permute(0, 3, 1, 2).contiguous(), test.labels_N
