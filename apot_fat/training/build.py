@@ -51,8 +51,10 @@ def load_config_dataset(config: TrainConfig, *, need_train: bool = True) -> Data
 
 def image_shape(config: TrainConfig, images: ImageSet | FileSet) -> tuple[int, int, int]:
     """(C, H, W) of an image as the network takes it."""
-    height, width = images.size if isinstance(images, ImageSet) else 2 * (config.image_size or FILE_SIZE,)
-    return 3, height, width
+    if isinstance(images, ImageSet):
+        return 3, *images.size
+    size = config.image_size or FILE_SIZE
+    return 3, size, size
 
 
 def make_batches(
@@ -77,7 +79,7 @@ def make_batches(
         augmentation = Augmentation(config.crop_padding, config.flip) if training else None
         return ImageBatches(images, batch_size, device, mean, std, augmentation=augmentation, **options)
     options |= {"crop": config.crop, "workers": config.workers, "on_damaged": config.on_damaged}
-    return FileBatches(images, batch_size, device, mean, std, image_size=config.image_size or FILE_SIZE, **options)
+    return FileBatches(images, batch_size, device, mean, std, image_size=image_shape(config, images)[1], **options)
 
 
 def create_network(config: TrainConfig, num_classes: int) -> nn.Module:
