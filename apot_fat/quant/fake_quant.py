@@ -78,7 +78,8 @@ def _project_own(u: Tensor, levels: LevelSet) -> Tensor:
 def _round_to_power_of_two(u: Tensor, smallest: float) -> Tensor:
     # half of the largest mantissa added to a float's bits carries into the exponent from 1.5 · 2^k on
     exponent = (u.view(torch.int32) + 0x00400000).bitwise_and_(-0x00800000)
-    return exponent.view(torch.float32).clamp_(min=smallest).masked_fill_(u < smallest / 2, 0.0)
+    rounded = exponent.view(torch.float32).clamp_(min=_literal(smallest, u))
+    return rounded.masked_fill_(u < _literal(smallest / 2, u), 0.0)
 
 
 def _search(u: Tensor, levels: LevelSet) -> Tensor:
@@ -99,7 +100,8 @@ def _search(u: Tensor, levels: LevelSet) -> Tensor:
 
 
 def _literal(value: float, like: Tensor) -> Any:
-    # torch.compile makes an argument of a number it reads from an object, but not of a filled tensor
+    # torch.compile makes an argument of a number it reads from an object, or keeps it and then takes a kernel of other
+    # levels from its cache on disk; not so of a filled tensor
     return torch.full((), value, dtype=like.dtype, device=like.device) if torch.compiler.is_compiling() else value
 
 
