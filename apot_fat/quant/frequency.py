@@ -29,6 +29,8 @@ def frequency_transform(weight: Tensor, transform_OO: Tensor) -> tuple[Tensor, T
     Returns:
         W' in the shape of ``weight``, and the mask S on the half spectrum, shape (C_out, K // 2 + 1), range (0, 1).
 
+    Computed in float32 under autocast too.
+
     Gradient, with G the DFT of the upstream gradient, c = 2 where a frequency stands for two and else 1:
     ∂L/∂S = c / K · Re(F conj(G)); ∂L/∂T and ∂L/∂|F| from it through the sigmoid and the product;
     ∂L/∂W = IDFT(S ⊙ G + K / c · ∂L/∂|F| ⊙ F / |F|), where F / |F| is 0 at 0. All on the half spectrum.
@@ -36,7 +38,8 @@ def frequency_transform(weight: Tensor, transform_OO: Tensor) -> tuple[Tensor, T
     Paper: FAT, the frequency-aware transformation.
     """
     w_OK = weight.reshape(weight.shape[0], -1).to(torch.promote_types(weight.dtype, torch.float32))
-    restored_OK, mask_OF = _FrequencyTransform.apply(w_OK, transform_OO.to(w_OK.dtype))
+    with torch.autocast(weight.device.type, enabled=False):  # bfloat16 moves weights to other levels
+        restored_OK, mask_OF = _FrequencyTransform.apply(w_OK, transform_OO.to(w_OK.dtype))
     return restored_OK.reshape(weight.shape).to(weight.dtype), mask_OF
 
 
@@ -57,19 +60,25 @@ class _FrequencyTransform(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_OK: Tensor, _: Any) -> tuple[Tensor, Tensor]:
-        half_OF, mask_OF, transform_OO = ctx.saved_tensors
-        length = ctx.length
-        twice_F = torch.full((half_OF.shape[1],), 2.0, dtype=mask_OF.dtype, device=mask_OF.device)
-        twice_F[0] = 1
-        if length % 2 == 0:
-            twice_F[-1] = 1
-        grad_spectrum_OF = torch.fft.rfft(grad_OK)
-        grad_mask_OF = (half_OF * grad_spectrum_OF.conj()).real * (twice_F / length)
-        grad_score_OF = grad_mask_OF * mask_OF * (1 - mask_OF)
-        grad_magnitude_OF = transform_OO.T @ grad_score_OF
-        direction_OF = half_OF.sgn() * (grad_magnitude_OF * (length / twice_F))
-        grad_w_OK = torch.fft.irfft(mask_OF * grad_spectrum_OF + direction_OF, n=length)
-        return grad_w_OK, grad_score_OF @ half_OF.abs().T
+        with torch.autocast(grad_OK.device.type, enabled=False):
+            half_OF, mask_OF, transform_OO = ctx.saved_tensors
+            return _transform_backward(grad_OK, half_OF, mask_OF, transform_OO, ctx.length)
+
+
+def _transform_backward(
+    grad_OK: Tensor, half_OF: Tensor, mask_OF: Tensor, transform_OO: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    twice_F = torch.full((half_OF.shape[1],), 2.0, dtype=mask_OF.dtype, device=mask_OF.device)
+    twice_F[0] = 1
+    if length % 2 == 0:
+        twice_F[-1] = 1
+    grad_spectrum_OF = torch.fft.rfft(grad_OK)
+    grad_mask_OF = (half_OF * grad_spectrum_OF.conj()).real * (twice_F / length)
+    grad_score_OF = grad_mask_OF * mask_OF * (1 - mask_OF)
+    grad_magnitude_OF = transform_OO.T @ grad_score_OF
+    direction_OF = half_OF.sgn() * (grad_magnitude_OF * (length / twice_F))
+    grad_w_OK = torch.fft.irfft(mask_OF * grad_spectrum_OF + direction_OF, n=length)
+    return grad_w_OK, grad_score_OF @ half_OF.abs().T
 
 
 def weight_deactivate_freq(

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from apot_fat import weight_deactivate_freq
+from apot_fat import QuantConv2d, preset, weight_deactivate_freq
 from apot_fat.quant import frequency_transform
+from apot_fat.quant.spec import PRESETS
 
 
 def full_spectrum(w: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,3 +54,26 @@ def test_misfits_are_refused() -> None:
         weight_deactivate_freq(torch.randn(6, 4), torch.ones(6, 6))
     with pytest.raises(ValueError, match=r"expected a \(6, 6\)"):
         weight_deactivate_freq(torch.randn(6, 4, 3, 3), nn.Linear(5, 5, bias=False))
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_under_autocast_weights_land_on_the_same_levels(name: str) -> None:
+    layer = QuantConv2d(64, 64, 3, padding=1, spec=preset(name, bits=4))
+    if layer.transform is not None:
+        layer.transform.data.normal_(0, 0.01)  # a mask that is neither 0 nor 1
+    x = torch.rand(1, 64, 4, 4)
+    expected = layer.quantized_weight().detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = layer.quantized_weight()
+        layer.eval()
+        with torch.no_grad():
+            kept = layer.quantized_weight()
+            quantized_input = layer.quantized_input(x)
+        (inside * torch.ones_like(inside)).sum().backward()  # within autocast, where a user may call it
+    torch.testing.assert_close(inside, expected, atol=0, rtol=0)
+    torch.testing.assert_close(kept, expected, atol=0, rtol=0)
+    torch.testing.assert_close(quantized_input, layer.quantized_input(x).detach(), atol=0, rtol=0)
+    if layer.transform is not None:
+        within, layer.transform.grad = layer.transform.grad, None
+        layer.train().quantized_weight().sum().backward()
+        torch.testing.assert_close(within, layer.transform.grad, atol=0, rtol=0)
