@@ -18,8 +18,8 @@ from apot_fat.models import default_preset, find_architecture
 from apot_fat.text import one_line
 from apot_fat.training.config import TrainConfig, field_type
 from apot_fat.training.distributed import launched
+from apot_fat.training.finite import NonFiniteError
 from apot_fat.training.interruption import InterruptedRunError
-from apot_fat.training.loop import NonFiniteError
 from apot_fat.training.recipe import PUBLISHED, Recipe, find_recipe, read_recipe
 
 EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 2, 3, 4, 130

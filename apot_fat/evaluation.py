@@ -16,7 +16,7 @@ from apot_fat.quant.layers import show_params
 from apot_fat.training.build import create_network, created_config, load_config_dataset, make_batches
 from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig
-from apot_fat.training.device import choose_device
+from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.folder import BEST
 from apot_fat.training.loop import Result, evaluate
 
@@ -57,13 +57,15 @@ def evaluate_request(request: Request) -> Result:
     else:
         config, classes, model = _read_checkpoint(path, request)
     device = choose_device(config.device, config.gpu)
+    set_numerics(config.numerics, device)
     dataset = load_config_dataset(config, need_train=False)
     if int(dataset.test.labels_N.max()) >= classes:
         raise ValueError(f"checkpoint {path}: has {classes} outputs, {dataset.name} has {len(dataset.classes)} classes")
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    network = compile_network(model, request.given.get("compile", "auto"), device)  # not as it was trained
+    mode = request.given.get("compile", "auto")  # not as it was trained: one pass does not earn back a whole graph
+    network = model if mode == "auto" else compile_network(model, mode, device)
     result = evaluate(
         network, make_batches(config, dataset.test, device), amp=config.amp, log=log.info, print_freq=config.print_freq
     )

@@ -21,12 +21,11 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apot_fat.checkpoint.files import atomic_write
 from apot_fat.models import create_model
+from apot_fat.optional import needed_for
 from apot_fat.quant.convert import convert_layer
 from apot_fat.quant.fake_quant import positive
 from apot_fat.quant.integers import EIGHT_BIT_DENOMINATOR, integer_weight
@@ -37,6 +36,7 @@ from apot_fat.quant.spec import FLOAT_BITS, QuantSpec
 PACKED_SUFFIX = ".safetensors"
 FORMAT = "apot-fat packed"
 VERSION = 1
+_PURPOSE = "a packed file"
 _FLOATS = "float32"
 _MAX_INDEX_BYTES = 1 << 26
 
@@ -64,7 +64,10 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     Raises:
         ValueError: no quantized layer, two that share one weight, or powers of two over more than 2^31; nothing is
             then written.
+        MissingPackageError: safetensors.
     """
+    with needed_for(_PURPOSE):
+        from safetensors.torch import save_file
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AnyQuantized)}
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no quantized layer: there is nothing to pack")
@@ -111,6 +114,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     Raises:
         ValueError: no such file, no packed file or a damaged one, or one of another network; a given network is then
             unchanged.
+        MissingPackageError: safetensors.
     """
     path = Path(path)
     tensors, index = _read(path)
@@ -279,6 +283,8 @@ def _left_over(model: nn.Module, layers: Mapping[str, nn.Module], packed: Mappin
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"packed file {path}: no such file")
+    with needed_for(_PURPOSE):
+        from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

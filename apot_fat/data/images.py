@@ -193,7 +193,7 @@ class ImageBatches(PlannedBatches):
             offsets_N2 = torch.randint(0, 2 * self.augmentation.padding + 1, (count, 2), generator=generator).to(device)
             flips_N = torch.rand(count, generator=generator).to(device) < (0.5 if self.augmentation.flip else 0.0)
         draws, partners_N = self.mixing.draw(count, generator), self.plan.partners().to(device)
-        centers_N2 = None if draws.centers_N2 is None else draws.centers_N2.to(device)
+        draws = draws.to(device)
         order_N = order_N.to(device)
 
         def images_at(positions: slice | Tensor) -> tuple[Tensor, Tensor]:
@@ -203,15 +203,15 @@ class ImageBatches(PlannedBatches):
                 offsets, flips = offsets_N2[positions], flips_N[positions]
                 images_BHWC = crop_and_flip(images_BHWC, self.augmentation.padding, offsets, flips)
             x = normalize(images_BHWC, self.mean, self.std)
-            if centers_N2 is not None:
-                x = cut_out(x, self.mixing.cutout, centers_N2[positions])
+            if draws.centers_N2 is not None:
+                x = cut_out(x, self.mixing.cutout, draws.centers_N2[positions])
             return x, self.labels_N[indices]
 
         for part, share, ends_step in self.plan.slices():
             x, labels = images_at(part)
             others = own_share = None
             if draws.shares_N is not None:
-                own_share = draws.shares_N[part].to(device)
+                own_share = draws.shares_N[part]
                 other_x, others = images_at(partners_N[part])
                 x = mixup(x, other_x, own_share)
             x = x.permute(0, 3, 1, 2)

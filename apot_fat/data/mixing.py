@@ -24,6 +24,10 @@ class Draws(NamedTuple):
     centers_N2: Tensor | None
     shares_N: Tensor | None
 
+    def to(self, device: torch.device) -> Draws:
+        """The same on a device, once an epoch: a copy a batch would wait for it each time."""
+        return Draws(*(None if drawn is None else drawn.to(device) for drawn in self))
+
 
 @dataclass(frozen=True)
 class Mixing:

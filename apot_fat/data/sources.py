@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from apot_fat.data.decoding import IMAGE_SUFFIXES, read_image
 from apot_fat.data.images import Dataset, FileSet, ImageSet
+from apot_fat.optional import needed_for
 from apot_fat.quant.spec import nearest
 
 MAX_BYTES_IN_MEMORY = 8 << 30
@@ -89,8 +90,9 @@ def load_dataset(
 
 def load_digits(root: Path) -> Dataset:
     """scikit-learn's 1,797 handwritten digits (8 × 8), 1,437 for training and 360 for testing, split by class."""
-    from sklearn.datasets import load_digits as read
-    from sklearn.model_selection import train_test_split
+    with needed_for("the data set 'digits'"):
+        from sklearn.datasets import load_digits as read
+        from sklearn.model_selection import train_test_split
 
     bunch = read()
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # 0 … 16 in the file

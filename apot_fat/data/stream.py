@@ -94,7 +94,7 @@ class FileBatches(PlannedBatches):
     def __iter__(self) -> Iterator[Batch]:
         generator = epoch_generator(self.sampler.seed, self.sampler.epoch)
         self.plan.order(generator)  # the sampler's: the numbers below follow it
-        draws = self.mixing.draw(self.num_images, generator)
+        draws = self.mixing.draw(self.num_images, generator).to(self.device)
         for (images_BCHW, labels, damaged), (part, share, ends_step) in zip(
             self.loader, self.plan.slices(), strict=True
         ):
@@ -107,9 +107,9 @@ class FileBatches(PlannedBatches):
             labels = labels.to(self.device, non_blocking=True)
             others = own_share = None
             if draws.centers_N2 is not None:
-                x = cut_out(x, self.mixing.cutout, draws.centers_N2[part][: len(labels)].to(self.device))
+                x = cut_out(x, self.mixing.cutout, draws.centers_N2[part][: len(labels)])
             if draws.shares_N is not None:
-                own_share = draws.shares_N[part][: len(labels)].to(self.device)
+                own_share = draws.shares_N[part][: len(labels)]
                 x, others = mixup(x, x.roll(-1, 0), own_share), labels.roll(-1)
             memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
             x = x.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)

@@ -214,7 +214,17 @@ def fold_weight(module: nn.Module, plain: type[nn.Module]) -> None:
         weight = nn.Parameter(module.quantized_weight().detach().clone(), requires_grad=module.weight.requires_grad)
     for name in ("weight_alpha", "act_alpha", "transform"):
         module._parameters.pop(name, None)
-    for name in ("relu", "fixed_bits", "_spec", "_weight_set", "_act_set", "_kept", "_kept_bytes"):
+    for name in (
+        "relu",
+        "fixed_bits",
+        "_spec",
+        "_weight_set",
+        "_act_set",
+        "_kept",
+        "_kept_bytes",
+        "_graph_weight",
+        "_graph_source",
+    ):
         module.__dict__.pop(name, None)
     module.weight = weight
     module.__class__ = plain  # type: ignore[assignment]

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import types
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, get_args
@@ -21,8 +22,17 @@ from apot_fat.quant.spec import KernelChoice
 from apot_fat.text import one_line
 
 AUTO_ELEMENTS = 1 << 18
-"""``auto`` compiles for tensors of at least this many elements; smaller ones do not earn back the compilation."""
-_SERIAL_ELEMENTS = 1 << 12  # up to here Inductor writes serial code; such tensors get a graph of their own
+"""``auto`` compiles on a CPU for tensors of at least this many elements; smaller ones do not earn it back there."""
+
+# What Inductor builds into a kernel of dynamic size by the first size it sees; sizes on two sides of a bound, itself to
+# the left, get a kernel each.
+_CPU_BOUNDS = (1 << 12,)  # serial code up to here
+# One block of threads sums up to 2^13 elements; more blocks, whose number remains, sum more: one for each 2^13 elements
+# serves up to eight times as many, and from 2^22 on there are enough of them for any size. An index takes 64 bits from
+# 2^31 on, and in a sum from a few less on: blocks get equal parts, the last one is filled up.
+_GPU_BOUNDS = (1 << 13, 1 << 16, 1 << 19, 1 << 22, (1 << 31) - (1 << 15), (1 << 31) - 1)
+
+_ROUNDED_DIVISION = "eager_numerics.division_rounding"
 
 log = logging.getLogger("apot_fat")
 
@@ -33,9 +43,10 @@ def set_kernels(choice: str) -> None:
     """Choose how quantizers run, for this process.
 
     Args:
-        choice: ``compiled`` always, ``eager`` never compiles; ``auto``, the default, compiles for tensors of at least
-            ``AUTO_ELEMENTS`` elements where a compiler works, and says once in the log which it is. But for ``eager``
-            layers in evaluation multiply 8-bit integers where they can (``apot_fat.quant.byte_product``).
+        choice: ``compiled`` always, ``eager`` never compiles; ``auto``, the default, compiles where a compiler works,
+            and says once in the log which it is: on CUDA for tensors of any size, since launches cost the most there,
+            elsewhere for those of at least ``AUTO_ELEMENTS`` elements. But for ``eager`` layers in evaluation multiply
+            8-bit integers where they can (``apot_fat.quant.byte_product``).
 
     Raises:
         ValueError: another choice.
@@ -87,7 +98,7 @@ def run(
             scratch = _scratch.of(into, like.numel())
             operands.insert(0, scratch)
         overwrites = scratch is not None or isinstance(into, Tensor)
-        key = (like.device, like.numel() <= _SERIAL_ELEMENTS, torch.is_inference_mode_enabled())
+        key = (like.device, _size_class(like), torch.is_inference_mode_enabled())
         types = tuple(tensor.dtype for tensor in operands)
         kernel = _compiled(function, settings, scratch is not None, overwrites, (*key, types, layout.special_sizes))
         results = _as_tuple(kernel(*operands))
@@ -176,7 +187,25 @@ def _probe(x: Tensor) -> Tensor:
 def _compiles(x: Tensor) -> bool:
     if _choice == "eager" or x.numel() < 2:  # sizes 0 and 1 are never dynamic
         return False
-    return _choice == "compiled" or (x.numel() >= AUTO_ELEMENTS and compiler_works(x.device.type))
+    if _choice == "compiled":
+        return True
+    # eagerly a quantizer is a dozen launches, and up to some 10^5 elements a GPU takes longer to launch than to compute
+    return (x.device.type == "cuda" or x.numel() >= AUTO_ELEMENTS) and compiler_works(x.device.type)
+
+
+def _size_class(x: Tensor) -> int:
+    return bisect_left(_CPU_BOUNDS if x.device.type == "cpu" else _GPU_BOUNDS, x.numel())
+
+
+def inductor_options(device_type: str) -> dict[str, Any]:
+    """The ``options`` of ``torch.compile`` that let compiled code choose the levels eager code chooses.
+
+    On a GPU quotients must be asked to be correctly rounded: Triton's own are approximate, and a value beside a
+    threshold would fall to either side. C++ rounds correctly.
+    """
+    # PyTorch refuses options that it does not know; 2.11 to 2.14 know this one
+    known = device_type != "cpu" and _ROUNDED_DIVISION in torch._inductor.list_options()
+    return {_ROUNDED_DIVISION: True} if known else {}
 
 
 @cache
@@ -196,7 +225,7 @@ def _compiled(
     own = types.FunctionType(code, kernel.__globals__, function.__name__, None, kernel.__closure__)
     # what is asserted is so by construction, and takes a third of the call of a small kernel
     options: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "guard_filter_fn": _no_guards}
-    return torch.compile(own, fullgraph=True, dynamic=True, options=options)
+    return torch.compile(own, fullgraph=True, dynamic=True, options=options | inductor_options(key[0].type))
 
 
 def _no_guards(guards: Sequence[Any]) -> list[bool]:

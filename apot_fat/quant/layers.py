@@ -81,21 +81,34 @@ class _KeepsWeight(nn.Module):
 
     _kept: _Kept[Tensor] | None = None
     _kept_bytes: _Kept[ByteWeight | None] | None = None
+    _graph_weight: Tensor | None = None  # what compiled graphs read: a CUDA graph finds it at the address it had
+    _graph_source: Tensor | None = None  # what was last copied there
 
     def quantized_weight(self) -> Tensor:
         """The weight the layer computes with."""
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Compute what the layer keeps in evaluation."""
-        self.quantized_weight()
+        """Compute what the layer keeps in evaluation, for compiled graphs too."""
+        weight, held = self.quantized_weight(), self._graph_weight
+        if self._kept is None:  # a float weight, or one whose changes do not show
+            self._graph_weight = None
+            return
+        if weight is self._graph_source:
+            return
+        if held is None or (held.shape, held.dtype, held.device) != (weight.shape, weight.dtype, weight.device):
+            with torch.inference_mode(False):
+                held = self._graph_weight = torch.empty_like(weight)
+            torch._dynamo.mark_static_address(held)
+        held.copy_(weight)
+        self._graph_source = weight
 
     def _keep_weight(self, sources: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
         needs_gradient = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
         if self.training or needs_gradient:
             return compute()
         if torch.compiler.is_compiling():
-            return self._kept.value if _kept_weights_are_current and self._kept is not None else compute()
+            return self._graph_weight if _kept_weights_are_current and self._graph_weight is not None else compute()
         return self._keep("_kept", sources, compute)
 
     def _keep(self, name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) -> T:
@@ -111,7 +124,7 @@ class _KeepsWeight(nn.Module):
         return kept.value
 
     def _give_up_kept(self) -> None:
-        self._kept = self._kept_bytes = None
+        self._kept = self._kept_bytes = self._graph_source = None
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; a kept weight is given up."""
@@ -123,7 +136,7 @@ class _KeepsWeight(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None, "_kept_bytes": None}
+        return {**self.__dict__, "_kept": None, "_kept_bytes": None, "_graph_weight": None, "_graph_source": None}
 
 
 _kept_weights_are_current = False  # torch.compile guards it: a graph cannot check whether a kept weight is up to date

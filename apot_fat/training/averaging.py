@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import update_bn
 
 from apot_fat.checkpoint import load_weights
 from apot_fat.data import Batches
@@ -32,19 +33,26 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float, optimizer: torch.optim.Optimizer) -> None:
-        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-        self.averaged.requires_grad_(False)
-        optimizer.register_step_post_hook(lambda *_: self.averaged.update_parameters(model))
-
-    @property
-    def model(self) -> nn.Module:
+        self.trained, self.decay = model, decay
+        self.model = deepcopy(model).requires_grad_(False)
         """The averaged network."""
-        network = self.averaged.module
-        assert isinstance(network, nn.Module)
-        return network
+        self.count = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
+        optimizer.register_step_post_hook(self._follow)
+
+    @torch.no_grad()
+    def _follow(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        # on the device alone: whether a step was left out only that knows
+        left_out = getattr(optimizer, "found_inf", None)
+        made = torch.ones_like(self.count) if left_out is None else (left_out == 0).long()
+        self.count += made
+        keep = torch.where(made == 0, 1.0, torch.where(self.count == 1, 0.0, self.decay))
+        averages: list[Tensor] = list(self.model.parameters())
+        parameters: list[Tensor] = list(self.trained.parameters())
+        torch._foreach_mul_(averages, keep)
+        torch._foreach_add_(averages, list(torch._foreach_mul(parameters, 1 - keep)))
 
     def estimate_batch_norm(self, batches: Batches, count: int) -> float:
-        """Replace the averaged network's batch statistics by their mean over training batches.
+        """Replace the averaged network's batch statistics by their mean over training batches; other buffers follow.
 
         Args:
             batches: of the epoch chosen on them; each process takes its first ``count``, and all end with the mean.
@@ -56,6 +64,8 @@ class WeightAverage:
         The random numbers of the run (dropout's) are left as they were.
         """
         start = time.perf_counter()
+        for own, trained in zip(self.model.buffers(), self.trained.buffers(), strict=True):
+            own.copy_(trained)
         devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
         with torch.random.fork_rng(devices):
             update_bn(islice(batches, count), self.model)
@@ -73,12 +83,12 @@ class WeightAverage:
     def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
         """Go on from an average of so many steps."""
         load_weights(self.model, state)
-        self.averaged.n_averaged.fill_(steps)
+        self.count.fill_(steps)
 
     @property
     def steps(self) -> int:
         """Optimiser steps averaged so far."""
-        return int(self.averaged.n_averaged)
+        return int(self.count)
 
 
 def _mean_over_processes(values: Tensor) -> Tensor:

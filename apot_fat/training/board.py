@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.figure
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
+from apot_fat.optional import needed_for
 from apot_fat.quant.layers import quant_layers
 from apot_fat.quant.measure import measure_inputs, measure_weight
 from apot_fat.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _METRICS = ("test_acc", "loss/test")
 
@@ -24,16 +25,23 @@ class Board:
     Every epoch: ``train_acc``, ``test_acc`` (as published) and ``val_acc`` in %, ``loss/PART``, ``lr/GROUP``, and
     under ``weight_alpha``, ``act_alpha``, ``mask_max`` and ``mask_min`` one curve a layer. Every ``histogram_every``
     epochs and at the last: the weights' histograms (``weight/LAYER``), ``weight_sqnr_db``, ``weight_clipped`` and, of
-    the last images evaluated, ``act_sqnr_db`` and ``act_clipped`` of each layer, and the picture ``levels``. The
+    a few images, ``act_sqnr_db`` and ``act_clipped`` of each layer, and the picture ``levels``. The
     run's values stand under HPARAMS.
 
     Args:
         folder: the run folder.
         config: the run.
         epochs_done: epochs before; what was written of later ones is left out.
+
+    Raises:
+        MissingPackageError: tensorboard or matplotlib.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, epochs_done: int) -> None:
+        with needed_for("the board of curves"):
+            import matplotlib.figure  # noqa: F401 (missing, it would be so only at the first picture)
+            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard.summary import hparams
         self.config = config
         self.writer = SummaryWriter(str(folder), purge_step=epochs_done)
         values = {
@@ -46,13 +54,13 @@ class Board:
         """Write what is left."""
         self.writer.close()
 
-    def write(self, row: dict[str, Any], model: nn.Module, images: Tensor | None, epoch: int) -> None:
+    def write(self, row: dict[str, Any], model: nn.Module, images: Tensor, epoch: int) -> None:
         """Add an epoch.
 
         Args:
             row: its line of ``metrics.jsonl``.
             model: the tested network.
-            images: a batch of those evaluated.
+            images: a few, as the network takes them.
             epoch: its number, from 0.
         """
         for part in ("train", "test", "val"):
@@ -69,11 +77,11 @@ class Board:
         if every and (epoch % every == 0 or epoch + 1 == self.config.epochs):
             self._write_layers(model, images, epoch)
 
-    def _write_layers(self, model: nn.Module, images: Tensor | None, epoch: int) -> None:
+    def _write_layers(self, model: nn.Module, images: Tensor, epoch: int) -> None:
         layers = dict(quant_layers(model))
         if not layers:
             return
-        inputs = {} if images is None else measure_inputs(model, images)
+        inputs = measure_inputs(model, images)
         for name, layer in layers.items():
             self.writer.add_histogram(f"weight/{name}", layer.transformed_weight().detach(), epoch)
             for side, found in (("weight", measure_weight(layer)), ("act", inputs.get(name))):
@@ -85,11 +93,13 @@ class Board:
 
 
 @torch.no_grad()
-def draw_levels(model: nn.Module) -> matplotlib.figure.Figure:
+def draw_levels(model: nn.Module) -> Figure:
     """The weights of the first, a middle and the last quantized layer, and the levels under them."""
+    from matplotlib.figure import Figure
+
     layers = list(quant_layers(model))
     chosen = [layers[i] for i in sorted({0, len(layers) // 2, len(layers) - 1})]
-    figure = matplotlib.figure.Figure(figsize=(4 * len(chosen), 3), layout="constrained")
+    figure = Figure(figsize=(4 * len(chosen), 3), layout="constrained")
     for axes, (name, layer) in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
         found = measure_weight(layer)
         axes.stairs(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apot_fat.checkpoint import TORCHVISION, load_weights, torchvision_weights
 from apot_fat.data import (
+    NAMED,
     Augmentation,
     Batches,
     Dataset,
@@ -26,27 +29,33 @@ from apot_fat.models import create_model
 from apot_fat.quant.layers import quant_layers
 from apot_fat.quant.thresholds import initialize_thresholds
 from apot_fat.training.config import TrainConfig
+from apot_fat.training.distributed import in_turns, launched
 from apot_fat.training.folder import BEST
 from apot_fat.training.loop import autocast
 from apot_fat.training.objective import Objective
 from apot_fat.training.teacher import load_teacher, teacher_path
 
+SAMPLE_IMAGES = 16
 FILE_SIZE = 224
 """Height and width that image files are brought to, pixels."""
 
 
 def load_config_dataset(config: TrainConfig, *, need_train: bool = True) -> Dataset:
-    """The data set a config names."""
-    return load_dataset(
-        config.data,
-        test_source=config.test_data,
-        root=config.data_root,
-        image_size=config.image_size,
-        val_split=config.val_split,
-        seed=config.seed,
-        need_train=need_train,
-        stream=config.streams,
-    )
+    """The data set a config names; what may be downloaded, by one process while the others wait."""
+
+    def load() -> Dataset:
+        return load_dataset(
+            config.data,
+            test_source=config.test_data,
+            root=config.data_root,
+            image_size=config.image_size,
+            val_split=config.val_split,
+            seed=config.seed,
+            need_train=need_train,
+            stream=config.streams,
+        )
+
+    return in_turns(launched(), load) if config.data in NAMED else load()
 
 
 def image_shape(config: TrainConfig, images: ImageSet | FileSet) -> tuple[int, int, int]:
@@ -78,8 +87,20 @@ def make_batches(
     if isinstance(images, ImageSet):
         augmentation = Augmentation(config.crop_padding, config.flip) if training else None
         return ImageBatches(images, batch_size, device, mean, std, augmentation=augmentation, **options)
-    options |= {"crop": config.crop, "workers": config.workers, "on_damaged": config.on_damaged}
+    workers = default_workers() if config.workers is None else config.workers
+    options |= {"crop": config.crop, "workers": workers, "on_damaged": config.on_damaged}
     return FileBatches(images, batch_size, device, mean, std, image_size=image_shape(config, images)[1], **options)
+
+
+def sample_images(config: TrainConfig, images: ImageSet | FileSet, device: torch.device) -> Tensor:
+    """A few images as the network takes them, the first of a set: what layers are looked at with."""
+    few = images.subset(torch.arange(min(len(images), SAMPLE_IMAGES)))
+    return next(iter(make_batches(replace(config, workers=0, test_batch_size=SAMPLE_IMAGES), few, device))).x
+
+
+def default_workers() -> int:
+    """Decoding processes of a training process: its share of the cores that this machine lets it use, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // launched().local_world)
 
 
 def create_network(config: TrainConfig, num_classes: int) -> nn.Module:

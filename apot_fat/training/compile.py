@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
-from apot_fat.quant.kernels import compiler_works, set_kernels
+from apot_fat.quant.kernels import compiler_works, inductor_options, set_kernels
 from apot_fat.quant.layers import kept_weights
 from apot_fat.quant.spec import KernelChoice
+from apot_fat.text import one_line
 
 _KERNELS: dict[str, KernelChoice] = {"off": "eager", "quantizers": "compiled", "model": "compiled"}
+_GRAPHS = 64  # of one network: training and evaluation, each size of a batch
+
+log = logging.getLogger("apot_fat")
 
 
-def compile_network(model: nn.Module, mode: str, device: torch.device) -> nn.Module:
+def compile_network(model: nn.Module, mode: str, device: torch.device, *, cuda_graphs: bool = True) -> nn.Module:
     """The network to call in training and evaluation; ``model`` keeps the state.
 
     Args:
         model: on its device.
-        mode: ``off``; ``quantizers``; ``model`` for one graph, on CUDA replayed as a CUDA graph; ``auto`` leaves
-            the choice of ``set_kernels``, which by default compiles for large tensors where a compiler works.
+        mode: ``off``; ``quantizers``; ``model`` for one graph a size of batch; ``auto``: on CUDA ``model`` where it
+            compiles, else the choice of ``set_kernels``, which by default compiles quantizers where that is faster.
         device: the model's.
+        cuda_graphs: whether a compiled network is replayed as a CUDA graph. Its results, gradients too, are then good
+            until it is called again.
 
     Raises:
         ValueError: ``quantizers`` or ``model`` without a working compiler.
@@ -31,19 +39,33 @@ def compile_network(model: nn.Module, mode: str, device: torch.device) -> nn.Mod
         set_kernels(_KERNELS[mode])
     if mode in ("quantizers", "model") and not compiler_works(device.type):
         raise ValueError(f"compile {mode!r}: no working compiler for {device.type}: install one, or choose off")
-    if mode != "model":
+    whole = mode == "model" or (mode == "auto" and device.type == "cuda" and compiler_works("cuda"))
+    if not whole:
         return model
     # FAT's Fourier transforms are library calls in any case
     warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex operators")
-    return _CompiledNetwork(model, "reduce-overhead" if device.type == "cuda" else None)
+    torch.compiler.reset()  # graphs of the networks before count towards the compiler's limit
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    return _CompiledNetwork(model, device, cuda_graphs and device.type == "cuda", may_fall_back=mode == "auto")
 
 
 class _CompiledNetwork(nn.Module):
-    def __init__(self, model: nn.Module, mode: str | None) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, cuda_graphs: bool, *, may_fall_back: bool) -> None:
         super().__init__()
-        self.model = model
-        self.graph = torch.compile(model, fullgraph=True, mode=mode)
+        self.model, self.cuda_graphs, self.may_fall_back = model, cuda_graphs, may_fall_back
+        options = {**inductor_options(device.type), **({"triton.cudagraphs": True} if cuda_graphs else {})}
+        # a size of its own for the short last batch, or all batches after it would run a slower graph for any size
+        self.graph = torch.compile(model, fullgraph=True, dynamic=False, options=options)
 
     def forward(self, x: Tensor) -> Tensor:
-        with kept_weights(self.model):
-            return cast(Tensor, self.graph(x))
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        try:
+            with kept_weights(self.model):
+                return cast(Tensor, self.graph(x))
+        except TorchDynamoException as error:
+            if not self.may_fall_back:
+                raise
+            log.warning("the network is not compiled, its quantizers alone are (%s)", one_line(error)[:200])
+            self.cuda_graphs, self.graph = False, self.model
+            return cast(Tensor, self.model(x))

@@ -12,6 +12,7 @@ from apot_fat.data.normalization import normalization
 from apot_fat.data.stream import CROPS, ON_DAMAGED
 from apot_fat.models import default_preset, find_architecture
 from apot_fat.quant.spec import PRESETS, check_bits, nearest
+from apot_fat.training.device import AMP_TYPES, NUMERICS
 
 LOADERS = ("auto", "memory", "stream")
 AUGMENTS = ("auto", *CROPS)
@@ -19,7 +20,6 @@ LR_UNITS = ("epochs", "steps")
 SCHEDULES = ("step", "cosine", "onecycle")
 FP32_TEACHER = "fp32"
 THRESHOLD_INITS = ("constant", "mse", "lsq")
-AMP_TYPES = ("off", "bf16", "fp16")
 COMPILE_MODES = ("auto", "off", "quantizers", "model")
 
 
@@ -64,7 +64,13 @@ class TrainConfig:
     augment: str = _option(
         "auto", "crop of streamed images (auto: resize-crop, FAT's random-resized)", choices=AUGMENTS
     )
-    workers: int = _option(2, "decoding processes of streamed images, a training process", "-j", low=0, high=256)
+    workers: int | None = _option(
+        None,
+        "decoding processes of streamed images, a training process; by default its share of the cores",
+        "-j",
+        low=0,
+        high=256,
+    )
     on_damaged: str = _option("error", "what to do about an unreadable streamed image", choices=ON_DAMAGED)
     crop_padding: int = _option(4, "random crop after zero padding, pixels a side", low=0, high=64)
     flip: bool = _option(True, "mirror half of the training images")
@@ -123,11 +129,18 @@ class TrainConfig:
     seed: int = _option(0, "of weights, order and augmentation", low=0, high=2**31)
     device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:N")
     gpu: str | None = _option(None, "CUDA device numbers, as published: 0 or 0,1", "-id")
-    amp: str = _option("off", "mixed precision", choices=AMP_TYPES)
-    compile: str = _option("auto", "what is compiled; auto: quantizers of large tensors", choices=COMPILE_MODES)
+    amp: str = _option("off", "mixed precision; auto: bf16 on GPUs that multiply it fast", choices=AMP_TYPES)
+    compile: str = _option(
+        "auto",
+        "what is compiled; auto: on CUDA the network, on a CPU quantizers of large tensors",
+        choices=COMPILE_MODES,
+    )
+    numerics: str = _option(
+        "fast", "on CUDA: fast (TF32, measured algorithms), or the same bits every time", choices=NUMERICS
+    )
     channels_last: bool = _option(True, "memory format of images and weights")
     sync_bn: bool = _option(False, "batch norm over the images of all processes")
-    dist_timeout: float = _option(120.0, "seconds to wait for another process before giving up", above=0)
+    dist_timeout: float = _option(1800.0, "seconds to wait for another process before giving up", above=0)
     output: str = _option("result", "folder that holds the run folders", "--job_dir")
     test_batch_size: int = _option(100, "images a step of evaluation", low=1)
     checkpoint_every: int = _option(0, "steps between checkpoints within an epoch, 0 for none but at its end", low=0)

@@ -1,4 +1,4 @@
-"""Which device a run uses."""
+"""Which device a run uses, and how exactly it computes there."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ import re
 
 import torch
 
+NUMERICS = ("fast", "deterministic")
+AMP_TYPES = ("off", "auto", "bf16", "fp16")
+
 log = logging.getLogger("apot_fat")
 
 
 def choose_device(device: str = "auto", gpu: str | None = None, local_rank: int = 0) -> torch.device:
-    """The device to run on.
+    """The device to run on; a CUDA device becomes the current one, before anything else is asked of CUDA.
+
+    Without that a process opens a context, hundreds of MiB, on the first GPU too, and takes its random numbers.
 
     Args:
         device: ``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
@@ -44,4 +49,43 @@ def choose_device(device: str = "auto", gpu: str | None = None, local_rank: int 
         raise ValueError(
             f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices; choose cpu or auto"
         )
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     return chosen
+
+
+def set_numerics(choice: str, device: torch.device) -> None:
+    """Choose how a CUDA device computes, for this process; CPUs always compute as ``deterministic`` says.
+
+    Args:
+        choice: ``fast``: float32 products on matrix units (TF32, 10 bits of mantissa), cuDNN takes the algorithms that
+            it measures to be fastest. ``deterministic``: float32 products throughout and only algorithms that give the
+            same bits every time; an operator without one says so in a warning.
+        device: where the run is.
+
+    Raises:
+        ValueError: another choice.
+    """
+    if choice not in NUMERICS:
+        raise ValueError(f"numerics {choice!r}: choose one of {', '.join(NUMERICS)}")
+    if device.type != "cuda":
+        return
+    fast = choice == "fast"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = fast, not fast
+    if not fast:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+    torch.use_deterministic_algorithms(not fast, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # every element that we allocate is written
+
+
+def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
+    """The type of mixed precision, None for none; ``auto``: bfloat16 where a GPU multiplies it fast, else none.
+
+    Args:
+        choice: ``off``, ``auto``, ``bf16`` or ``fp16``.
+        device: where the run is.
+    """
+    if choice == "auto":
+        choice = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]

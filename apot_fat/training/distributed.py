@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Processes:
         rank: number of this one, from 0.
         local_rank: its number on this machine.
         world: how many there are.
+        local_world: how many of them are on this machine.
     """
 
     rank: int = 0
     local_rank: int = 0
     world: int = 1
+    local_world: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -46,7 +50,7 @@ def launched() -> Processes:
     return Processes(*numbers)
 
 
-_TORCHRUN = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+_TORCHRUN = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -64,11 +68,12 @@ def process_group(processes: Processes, device: torch.device, timeout_s: float) 
     if not processes.is_distributed or dist.is_initialized():
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        if device.type == "cuda":
+            dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=timeout)
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise OSError(
@@ -86,6 +91,36 @@ def wrap(model: nn.Module, processes: Processes, device: torch.device) -> nn.Mod
     if not processes.is_distributed:
         return model
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the first one's buffers: each has batch statistics of its own images."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def in_turns(processes: Processes, load: Callable[[], T]) -> T:
+    """What ``load`` gives: the first process calls it alone, then the first of each other machine, then the others.
+
+    So that one process brings what is missing, such as a download, and the others find it.
+
+    Raises:
+        ValueError: what ``load`` raises in one process, in all of them.
+    """
+    mine = 0 if processes.is_first else 1 if processes.local_rank == 0 else 2
+    found: list[T] = []
+    for turn in range(3):
+        failed: ValueError | None = None
+        if turn == mine:
+            try:
+                found.append(load())
+            except ValueError as error:
+                failed = error
+        reasons = [reason for reason in gather_objects(None if failed is None else str(failed)) if reason]
+        if reasons:
+            raise failed or ValueError(reasons[0])
+    return found[0]
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
@@ -155,13 +190,11 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def largest_over_processes(value: int, device: torch.device) -> int:
-    """The largest of all processes' values; the value itself for one."""
-    if not dist.is_initialized():
-        return value
-    values = torch.tensor(value, device=device)
-    dist.all_reduce(values, dist.ReduceOp.MAX)
-    return int(values)
+def largest_over_processes(values: Tensor) -> Tensor:
+    """The largest of a tensor's elements over all processes; the tensor itself for one."""
+    if dist.is_initialized():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
 
 
 def gather_objects(value: Any) -> list[Any]:

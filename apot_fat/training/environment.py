@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("apot-fat", "torchvision", "numpy")
+import apot_fat
+
+_PACKAGES = ("torchvision", "numpy")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -21,7 +23,9 @@ def environment(device: torch.device) -> dict[str, str]:
     ``commit`` is that of the checkout the package is run from, with ``+`` behind it where files differ from it; empty
     for an installed package. Looked up once: a run asks with every checkpoint.
     """
-    versions = {"torch": str(torch.__version__)} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    # our own from the package: it may be run from a checkout that is not installed
+    versions = {"torch": str(torch.__version__), "apot-fat": apot_fat.__version__}
+    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"commit": _commit(), "python": platform.python_version(), **versions, "device": f"{device}: {name}"}
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from apot_fat.checkpoint import atomic_write, read_newest, remove_leftovers, write_checkpoint
+from apot_fat.text import one_line
 from apot_fat.training.board import Board
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.distributed import Processes, gather_objects, largest_over_processes, wait_for_all
 from apot_fat.training.interruption import InterruptedRunError, SignalWatch
-from apot_fat.training.loop import Meter, Position
+from apot_fat.training.loop import Position
+from apot_fat.training.readback import CHECK_EVERY, LateRead
 from apot_fat.training.state import TrainState, rng_state
 
 LAST, BEST, METRICS, CONFIG = "checkpoint.pth.tar", "model_best.pth.tar", "metrics.jsonl", "config.toml"
@@ -179,7 +183,20 @@ def best_index(history: list[dict[str, Any]]) -> int:
 
 
 class Records:
-    """The files of a run folder, written by the first process alone."""
+    """The files of a run folder, written by the first process alone.
+
+    An epoch is saved first and drawn then: a board that cannot be drawn ends no run, and is given up with a warning.
+
+    Args:
+        folder: the run folder.
+        config: the run.
+        processes: its processes.
+        history: its rows so far, one an epoch.
+        shape: (C, H, W) of its images.
+        sample: a few of them, what layers are measured with.
+        drawn_again: the tested network at the end of the last of these epochs: a run that was ended between saving and
+            drawing it draws it again; None where the network is beyond that.
+    """
 
     def __init__(
         self,
@@ -188,9 +205,12 @@ class Records:
         processes: Processes,
         history: list[dict[str, Any]],
         shape: tuple[int, int, int],
+        sample: Tensor,
+        drawn_again: nn.Module | None = None,
     ) -> None:
         self.folder, self.config, self.processes = folder, config, processes
-        self.done, self.shape = list(history), shape
+        self.done, self.shape, self.sample = list(history), shape, sample
+        self.drawn_again = drawn_again if history else None
         self.board: Board | None = None
 
     def __enter__(self) -> Records:
@@ -198,38 +218,55 @@ class Records:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
             with atomic_write(self.folder / CONFIG) as temporary:
-                temporary.write_text(tomli_w.dumps(self.config.to_dict()), encoding="utf-8")
+                temporary.write_text(_toml(self.config.to_dict()), encoding="utf-8")
             with atomic_write(self.folder / METRICS) as temporary:  # without rows of an epoch that was not saved
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in self.done), encoding="utf-8")
-            self.board = Board(self.folder, self.config, len(self.done))
+            with self._drawing():
+                self.board = Board(self.folder, self.config, len(self.done) - (self.drawn_again is not None))
+                if self.drawn_again is not None:
+                    self._draw(self.done[-1], self.drawn_again)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.board is not None:
-            self.board.close()
+        with self._drawing():
+            if self.board is not None:
+                self.board.close()
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever it is, the run is worth more than its curves
+            self.board = None
+            log.warning("the run goes on without its TensorBoard curves: %s", one_line(error))
+
+    def _draw(self, row: dict[str, Any], tested: nn.Module) -> None:
+        with self._drawing():
+            if self.board is not None:
+                self.board.write(row, tested, self.sample, row["epoch"] - 1)
 
     def save_within_epoch(self, state: TrainState, history: list[dict[str, Any]], position: Position) -> None:
         """Write a checkpoint between two steps; every process waits until it is there."""
-        states = gather_objects((rng_state(), position._asdict()))
-        if self.board is not None:
+        states = gather_objects((rng_state(state.device), position._asdict()))
+        if self.processes.is_first:
             checkpoint = self._checkpoint(state, history, [rng for rng, _ in states])
             checkpoint["positions"] = [position for _, position in states]
             write_checkpoint(checkpoint, self.folder / LAST, keep_before=True)
         wait_for_all()
 
-    def save(self, state: TrainState, history: list[dict[str, Any]], images: Tensor | None = None) -> None:
-        """Record the epoch just ended, the last images evaluated; every process waits until its files are there."""
-        rng = gather_objects(rng_state())
-        if self.board is not None:
+    def save(self, state: TrainState, history: list[dict[str, Any]]) -> None:
+        """Record the epoch just ended; every process waits until its files are there."""
+        rng = gather_objects(rng_state(state.device))
+        if self.processes.is_first:
             row, best = history[-1], best_index(history)
             log.info("best acc: %f", history[best][_selection_key(history)])
-            self.board.write(row, state.tested, images, row["epoch"] - 1)
             checkpoint = self._checkpoint(state, history, rng)
             if best == len(history) - 1:
                 write_checkpoint(checkpoint, self.folder / BEST)
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             write_checkpoint(checkpoint, self.folder / LAST, keep_before=True)
+            self._draw(row, state.tested)
         wait_for_all()
 
     def _checkpoint(
@@ -260,29 +297,41 @@ class StepSaver:
     ) -> None:
         self.records, self.state, self.history, self.watch, self.every = records, state, history, watch, every
         self.steps = 0
-        self.reached: tuple[int, Meter] | None = None
-        self.test_batch: Tensor | None = None
+        self.position: Callable[[], Position] | None = None
+        self.agreement = LateRead()
 
-    def after_step(self, batches: int, meter: Meter) -> None:
+    def after_step(self, batches: int, position: Callable[[], Position]) -> None:
         """Called after each optimiser step."""
         self.steps += 1
-        self.reached = batches, meter
+        self.position = position
         due = self.every > 0 and self.steps % self.every == 0
         if due:
             self._save()
-        self.stop_if_asked(saved=due)
+        self._stop(self._asked(), saved=due)
 
-    def after_test_batch(self, x: Tensor) -> None:
+    def after_test_batch(self) -> None:
         """Called after each batch of evaluation."""
-        self.test_batch = x
         # processes see different numbers of batches and cannot agree here: several go on to the epoch's end
         if not self.records.processes.is_distributed:
-            self.stop_if_asked(saved=False)
+            self._stop(self.watch.received or 0, saved=False)
 
-    def stop_if_asked(self, *, saved: bool) -> None:
-        """End the run if a signal came: ``InterruptedRunError``, the run saved."""
-        # a signal may reach the processes in different steps
-        asked = largest_over_processes(self.watch.received or 0, self.state.device)
+    def stop_if_asked(self) -> None:
+        """At an epoch's end, saved: end the run if a signal came to any process."""
+        self._stop(int(largest_over_processes(self._received())), saved=True)
+
+    def _received(self) -> Tensor:
+        return torch.full((1,), self.watch.received or 0, device=self.state.device)
+
+    def _asked(self) -> int:
+        # a signal may reach the processes in different steps: they agree every so often, and none waits for it
+        if not self.records.processes.is_distributed:
+            return self.watch.received or 0
+        if self.steps % CHECK_EVERY:
+            return 0
+        agreed = self.agreement.exchange(largest_over_processes(self._received()))
+        return 0 if agreed is None else int(agreed[0])
+
+    def _stop(self, asked: int, *, saved: bool) -> None:
         if not asked:
             return
         if not saved:
@@ -290,9 +339,16 @@ class StepSaver:
         raise InterruptedRunError(asked, f"saved in {self.records.folder}; go on with --resume auto")
 
     def _save(self) -> None:
-        if self.reached is not None:
-            batches, meter = self.reached
-            self.records.save_within_epoch(self.state, self.history, Position(batches, meter.state()))
+        if self.position is not None:
+            self.records.save_within_epoch(self.state, self.history, self.position())
+
+
+def _toml(values: dict[str, str | int | float | bool | list[Any]]) -> str:
+    # of flat values JSON's spelling is TOML's too, but for one character
+    return "".join(
+        f"{name} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f")
+        for name, value in values.items()
+    )
 
 
 def _selection_key(history: list[dict[str, Any]]) -> str:

@@ -40,11 +40,11 @@ def train_chain(recipe: Recipe, chain: tuple[int, ...], overrides: dict[str, Any
         configs.append(config)
         init = str(Path(config.output) / config.run_name / BEST)
     done = [is_finished(config) for config in configs]
-    dataset = None if all(done) else load_config_dataset(configs[0])
     processes = launched()
     device = choose_device(configs[0].device, configs[0].gpu, processes.local_rank)
     summaries = []
     with process_group(processes, device, configs[0].dist_timeout):
+        dataset = None if all(done) else load_config_dataset(configs[0])
         for config, finished in zip(configs, done, strict=True):
             folder = Path(config.output) / config.run_name
             if finished:

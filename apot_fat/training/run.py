@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from apot_fat.data import Batches, Dataset, Sharding
 from apot_fat.quant.diagnosis import odd_layers
@@ -20,13 +22,22 @@ from apot_fat.training.build import (
     load_initial_weights,
     make_batches,
     make_objective,
+    sample_images,
     seed_everything,
     set_initial_thresholds,
 )
 from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig
-from apot_fat.training.device import choose_device
-from apot_fat.training.distributed import Processes, launched, process_group, synchronize_batch_norm, wrap
+from apot_fat.training.device import choose_device, set_numerics
+from apot_fat.training.distributed import (
+    Processes,
+    launched,
+    process_group,
+    share_buffers,
+    synchronize_batch_norm,
+    wrap,
+)
+from apot_fat.training.finite import FiniteGuard
 from apot_fat.training.folder import Records, RunSummary, StepSaver, resumed_content, summary_of
 from apot_fat.training.interruption import SignalWatch
 from apot_fat.training.loop import Position, Result, autocast, evaluate, train_epoch
@@ -57,35 +68,38 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
     """
     processes = launched()
     device = choose_device(config.device, config.gpu, processes.local_rank)
+    set_numerics(config.numerics, device)
     sharding = Sharding(processes.rank, processes.world, config.accumulate)
     sharding.check(config.batch_size)
     folder = Path(config.output) / config.run_name
     before = resumed_content(folder, config, resume)
-    dataset = dataset or load_config_dataset(config)
-    seed_everything(config.seed)
-    sets = _make_sets(config, dataset, device, sharding)
-    state = _make_state(config, len(dataset.classes), len(sets.train), device, processes, is_new=before is None)
-    objective = make_objective(config, len(dataset.classes), device)
-    history, position = ([], None) if before is None else state.restore(before, processes)
-    with (
-        process_group(processes, device, config.dist_timeout),
-        Records(folder, config, processes, history, image_shape(config, dataset.test)) as records,
-        SignalWatch(log.warning) as watch,
-    ):
-        log.info(
-            "%s: %s, %s at %d bits on %s, %s", folder, config.arch, config.preset, config.bit, dataset.name, device
-        )
-        if processes.is_distributed:
-            log.info("%d processes, %d images a step", processes.world, config.batch_size)
-        if before is None:
-            set_initial_thresholds(state.model, config, sets.train, device)
-        epochs = _Epochs(config, processes, device, sets, state, objective)
-        for epoch in range(len(history), config.epochs):
-            saver = StepSaver(records, state, history, watch, config.checkpoint_every)
-            history.append(epochs.run(epoch, saver, position))
-            position = None
-            records.save(state, history, saver.test_batch)
-            saver.stop_if_asked(saved=True)
+    with process_group(processes, device, config.dist_timeout):
+        dataset = dataset or load_config_dataset(config)
+        seed_everything(config.seed)
+        sets = _make_sets(config, dataset, device, sharding)
+        state = _make_state(config, len(dataset.classes), len(sets.train), device, processes, is_new=before is None)
+        objective = make_objective(config, len(dataset.classes), device)
+        history, position = ([], None) if before is None else state.restore(before, processes)
+        again = state.tested if position is None else None
+        shape = image_shape(config, dataset.test)
+        with (
+            Records(folder, config, processes, history, shape, sets.sample, again) as records,
+            SignalWatch(log.warning) as watch,
+        ):
+            log.info(
+                "%s: %s, %s at %d bits on %s, %s", folder, config.arch, config.preset, config.bit, dataset.name, device
+            )
+            if processes.is_distributed:
+                log.info("%d processes, %d images a step", processes.world, config.batch_size)
+            if before is None:
+                set_initial_thresholds(state.model, config, sets.train, device)
+            epochs = _Epochs(config, processes, device, sets, state, objective)
+            for epoch in range(len(history), config.epochs):
+                saver = StepSaver(records, state, history, watch, config.checkpoint_every)
+                history.append(epochs.run(epoch, saver, position))
+                position = None
+                records.save(state, history)
+                saver.stop_if_asked()
     return summary_of(folder, config, history)
 
 
@@ -93,6 +107,7 @@ class _Sets(NamedTuple):
     train: Batches
     test: Batches
     val: Batches | None
+    sample: Tensor
 
 
 def _make_sets(config: TrainConfig, dataset: Dataset, device: torch.device, sharding: Sharding) -> _Sets:
@@ -102,7 +117,7 @@ def _make_sets(config: TrainConfig, dataset: Dataset, device: torch.device, shar
         raise ValueError(f"{dataset.name}: {len(dataset.train)} training images do not fill one batch")
     test_batches = make_batches(config, dataset.test, device, sharding)
     val_batches = None if dataset.val is None else make_batches(config, dataset.val, device, sharding)
-    return _Sets(train_batches, test_batches, val_batches)
+    return _Sets(train_batches, test_batches, val_batches, sample_images(config, dataset.test, device))
 
 
 def _make_state(
@@ -139,9 +154,12 @@ class _Epochs:
     ) -> None:
         self.config, self.processes, self.device = config, processes, device
         self.sets, self.state, self.objective = sets, state, objective
-        network = compile_network(state.model, config.compile, device)
-        self.tested = compile_network(state.tested, config.compile, device) if state.average else network
+        # gradients of several batches are added up in memory that a CUDA graph would write to again
+        compiled = partial(compile_network, mode=config.compile, device=device, cuda_graphs=config.accumulate == 1)
+        network = compiled(state.model)
+        self.tested = compiled(state.tested) if state.average else network
         self.trained = wrap(network, processes, device)  # every process takes the first one's parameters
+        self.guard = FiniteGuard(self.trained, state.optimizer, state.scaler, config.skip_nonfinite)
         self.warned: set[str] = set()
 
     def run(self, epoch: int, saver: StepSaver, position: Position | None) -> dict[str, Any]:
@@ -157,13 +175,14 @@ class _Epochs:
             state.scaler,
             objective=self.objective,
             amp=config.amp,
-            skip_nonfinite=config.skip_nonfinite,
+            guard=self.guard,
             log=say,
             print_freq=config.print_freq,
             epoch=epoch,
             position=position,
             after_step=saver.after_step,
         )
+        share_buffers(state.model)
         keep_thresholds_positive(state.model)
         averaging_seconds = 0.0
         if state.average is not None:
@@ -173,8 +192,8 @@ class _Epochs:
         tested = evaluate(self.tested, self.sets.test, log=say, print_freq=config.print_freq, **options)
         held_out = None if self.sets.val is None else evaluate(self.tested, self.sets.val, **options)
         log.info(" * Prec %.3f%%", tested.top1)
-        if self.processes.is_first and saver.test_batch is not None:  # the first alone logs
-            self.warn(epoch, odd_layers(state.tested, saver.test_batch))
+        if self.processes.is_first:  # it alone logs
+            self.warn(epoch, odd_layers(state.tested, self.sets.sample))
         row = _metrics(epoch, state, trained, tested, held_out)
         row["seconds"] += averaging_seconds
         return row

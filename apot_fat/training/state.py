@@ -75,13 +75,15 @@ class TrainState:
         load_weights(self.model, content if self.average is None else content["average"]["trained"])
         _warn_of_changes(content.get("environment", {}), environment(self.device))
         self.optimizer.load_state_dict(content["optimizer"])
+        for group in self.optimizer.param_groups:  # a run of before may have stepped otherwise
+            group["fused"] = True
         self.schedule.load_state_dict(content["schedule"])
         self.scaler.load_state_dict(content["scaler"])
         if processes.rank < len(content["rng"]):
             rng = content["rng"][processes.rank]
             torch.set_rng_state(rng["cpu"])
-            if torch.cuda.is_available() and "cuda" in rng:
-                torch.cuda.set_rng_state(rng["cuda"])
+            if self.device.type == "cuda" and "cuda" in rng:
+                torch.cuda.set_rng_state(rng["cuda"], self.device)
         if "positions" not in content:
             return content["history"], None
         positions = content["positions"]
@@ -93,11 +95,11 @@ class TrainState:
         return content["history"], Position(**positions[processes.rank])
 
 
-def rng_state() -> dict[str, torch.Tensor]:
-    """The random numbers of this process."""
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The random numbers of this process, those of its GPU included."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 

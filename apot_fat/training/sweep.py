@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from apot_fat.data import Dataset
@@ -18,8 +17,8 @@ from apot_fat.training.build import load_config_dataset
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device
 from apot_fat.training.distributed import launched, process_group
+from apot_fat.training.finite import NonFiniteError
 from apot_fat.training.folder import BEST, RunSummary, is_finished, summarize
-from apot_fat.training.loop import NonFiniteError
 from apot_fat.training.recipe import PUBLISHED, find_recipe, read_toml
 from apot_fat.training.results import ResultRow
 from apot_fat.training.run import train
@@ -205,8 +204,6 @@ def run_sweep(
     with process_group(processes, device, first.dist_timeout):
         for cell in _bar(due, show=processes.is_first):
             config = configs[cell]
-            if config.compile == "model":
-                torch.compiler.reset()  # graphs of other networks count towards the compiler's limit
             try:
                 summary = train(config, resume="auto", dataset=datasets.get(config))
             except NonFiniteError as error:

@@ -20,6 +20,7 @@ from apot_fat.data import ImageBatches, ImageSet, Sharding
 from apot_fat.models import create_model
 from apot_fat.training import train_epoch
 from apot_fat.training.distributed import Processes, process_group
+from apot_fat.training.readback import CHECK_EVERY
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -164,6 +165,43 @@ def test_torchrun_trains_a_chain_and_writes_once(tmp_path: Path) -> None:
     content = read_checkpoint(tmp_path / "out/resnet20_4bit/checkpoint.pth.tar")
     assert len(content["rng"]) == 2
     assert not any(name.startswith("module.") for name in content["state_dict"])
+
+
+def test_the_recorded_accuracy_is_the_checkpoints(tmp_path: Path) -> None:
+    # the processes have batch statistics of their own images, the checkpoint those of the first
+    done = run(torchrun(4, *command_line(tmp_path / "out", epochs=1, lr=0.02)), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "out/resnet20_4bit"
+    recorded = json.loads((folder / "metrics.jsonl").read_text())
+    alone = run([sys.executable, ROOT / "scripts/evaluate.py", "--init", folder / "checkpoint.pth.tar"], tmp_path)
+    assert f"{round(recorded['test_top1'] * 3.6)} of 360 images correct" in alone.stdout, (recorded, alone.stdout)
+
+
+def test_a_signal_to_one_process_ends_all_within_a_few_steps_and_they_go_on(tmp_path: Path) -> None:
+    line = command_line(tmp_path / "out", epochs=300, batch_size=16, print_freq=1)
+    with subprocess.Popen(
+        torchrun(2, *line),
+        cwd=tmp_path,
+        env={**SINGLE, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as launched:
+        try:
+            assert launched.stdout is not None
+            next(line for line in launched.stdout if "Epoch: [0][3/" in line)
+            children = subprocess.run(["pgrep", "-P", str(launched.pid)], capture_output=True, text=True, check=True)
+            os.kill(int(children.stdout.split()[-1]), signal.SIGTERM)
+            rest = launched.stdout.read()
+            launched.wait(timeout=60)
+        finally:
+            if launched.poll() is None:
+                os.killpg(launched.pid, signal.SIGKILL)
+    assert "SIGTERM: saved in" in rest
+    positions = read_checkpoint(tmp_path / "out/resnet20_4bit/checkpoint.pth.tar")["positions"]
+    assert {position["batches"] for position in positions} == {positions[0]["batches"]}
+    assert 3 < positions[0]["batches"] <= 4 + 2 * CHECK_EVERY
 
 
 def test_the_run_ends_when_a_process_is_killed(tmp_path: Path) -> None:

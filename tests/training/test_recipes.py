@@ -57,7 +57,7 @@ def test_every_row_of_the_papers_has_a_recipe() -> None:
         assert find_architecture(recipe.config(4).arch).dataset == name.split("/")[0]
 
 
-def test_every_recipe_of_ours_has_at_most_half_the_published_epochs() -> None:
+def test_every_recipe_of_ours_has_at_most_half_the_published_epochs_and_bf16_on_gpus() -> None:
     found = [path for path in RECIPES if path.stem.endswith("_ours")]
     networks = {path.stem.split("_")[0] for path in found}
     assert networks == {"resnet20", "resnet56", "vggsmall", "resnet18", "mobilenetv2"}
@@ -65,5 +65,6 @@ def test_every_recipe_of_ours_has_at_most_half_the_published_epochs() -> None:
         ours, published = read_recipe(path), read_recipe(path.with_name(path.name.replace("_ours", "")))
         assert {4, 3, 2} <= set(ours.chain)
         for bits in ours.chain:
+            assert (ours.config(bits).amp, published.config(bits).amp) == ("auto", "off")
             assert 2 * ours.config(bits).epochs <= published.config(bits).epochs
             assert ours.config(bits).batch_size == published.config(bits).batch_size

@@ -57,6 +57,53 @@ def test_a_run_folder_holds_what_is_promised(tiny_npz: tuple[Path, Path], tmp_pa
     assert summarize(folder) == summary
 
 
+@pytest.mark.parametrize("what", ["write", "__init__"])
+def test_an_epoch_is_saved_before_it_is_drawn_and_no_drawing_ends_a_run(
+    tiny_npz: tuple[Path, Path],
+    tmp_path: Path,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(*_: Any) -> None:
+        rows = (tmp_path / "resnet20_4bit" / METRICS).read_text().splitlines()
+        assert what == "__init__" or (len(rows) == 1 and (tmp_path / "resnet20_4bit" / LAST).exists())
+        raise RuntimeError("Expected all tensors to be on the same device")
+
+    monkeypatch.setattr(f"apot_fat.training.board.Board.{what}", broken)
+    assert train(tiny(tiny_npz, tmp_path)).epochs == 3
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["the run goes on without its TensorBoard curves: Expected all tensors to be on the same device"]
+
+
+def test_a_run_ended_between_saving_and_drawing_draws_when_it_goes_on(
+    tiny_npz: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves = []
+    for name in ("whole", "parts"):
+        config = tiny(tiny_npz, tmp_path / name, ema_decay=0.5)
+        if name == "parts":
+            with monkeypatch.context() as patch:
+                patch.setattr("apot_fat.training.board.Board.write", _killed)
+                with pytest.raises(KeyboardInterrupt):
+                    train(config)
+        train(config, resume="auto")
+        board = EventAccumulator(str(tmp_path / name / config.run_name)).Reload()
+        curves.append({tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]})
+    assert curves[0] == curves[1]
+    assert [step for step, _ in curves[0]["weight_sqnr_db/layer1.0.conv1"]] == [0, 2]
+
+
+def _killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_any_text_of_a_config_comes_back_from_its_file(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
+    config = tiny(tiny_npz, tmp_path / 'a "b" \\ é 😀 \x7f', epochs=1, lr=1e-7, lr_steps=(), mean=(0.5, 0.25, 1e-9))
+    folder = train(config).folder
+    assert TrainConfig.from_dict(tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))) == config
+
+
 def test_training_learns(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
     summary = train(tiny(tiny_npz, tmp_path, bit=32, epochs=6, schedule="onecycle", lr=0.1))
     assert summary.best == 100

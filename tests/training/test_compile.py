@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from apot_fat import QuantConv2d, preset
+from apot_fat.quant.kernels import inductor_options
+from apot_fat.training import compile as training_compile
+from apot_fat.training.compile import compile_network
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def network() -> nn.Module:
+    conv = QuantConv2d(3, 4, 3, spec=preset("apot-cifar", bits=3))
+    return nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The keywords of ``torch.compile`` and then the first input's shape of each graph, none of which is compiled."""
+    seen: list[Any] = []
+    compile_ = torch.compile
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        seen.append([tuple(i.shape) for i in inputs if isinstance(i, Tensor) and i.dim() == 4 and i.shape[1] == 3])
+        return graph.forward
+
+    def compile_as(model: nn.Module, *, options: dict[str, Any], **keywords: Any) -> Any:
+        seen.append(options)
+        return compile_(model, backend=backend, **keywords)
+
+    monkeypatch.setattr(torch, "compile", compile_as)
+    monkeypatch.setattr(training_compile, "compiler_works", lambda device_type: True)
+    limit = torch._dynamo.config.recompile_limit
+    yield seen
+    torch._dynamo.config.recompile_limit = limit
+
+
+def test_each_size_of_batch_has_a_graph_of_its_own(compilations: list[Any]) -> None:
+    model = compile_network(network(), "model", CPU)
+    for size in (8, 3, 8, 8, 3):
+        model(torch.randn(size, 3, 4, 4)).sum().backward()
+    sizes = [shape[0] for shapes in compilations[1:] for shape in shapes if shape[1:] == (3, 4, 4)]
+    assert sizes == [8, 3]
+    assert all(type(size) is int for size in sizes)
+
+
+def test_stages_of_a_chain_do_not_use_up_the_compilers_limit(compilations: list[Any]) -> None:
+    torch._dynamo.config.recompile_limit = 1
+    for _ in range(4):
+        model = compile_network(network(), "model", CPU)
+        for size in (8, 3):
+            for training in (True, False):
+                model.train(training)
+                model(torch.randn(size, 3, 4, 4))
+
+
+def test_on_cuda_auto_is_the_whole_network_replayed_where_gradients_are_not_added_up(compilations: list[Any]) -> None:
+    assert isinstance(compile_network(network(), "auto", CPU), nn.Sequential)
+    for cuda_graphs in (True, False):
+        compiled = compile_network(network(), "auto", GPU, cuda_graphs=cuda_graphs)
+        assert type(compiled).__name__ == "_CompiledNetwork"
+        expected = inductor_options("cuda") | ({"triton.cudagraphs": True} if cuda_graphs else {})
+        assert compilations.pop() == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_compile, "compiler_works", lambda device_type: False)
+        assert isinstance(compile_network(network(), "auto", GPU), nn.Sequential)
+        with pytest.raises(ValueError, match="compile 'model': no working compiler for cuda"):
+            compile_network(network(), "model", GPU)
+
+
+class Prints(nn.Module):
+    """What no graph holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+
+@pytest.mark.usefixtures("compilations")
+def test_auto_falls_back_and_model_does_not(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(2, 3, 4, 4)
+    odd = nn.Sequential(network(), Prints()).eval()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compile_network(odd, "model", GPU, cuda_graphs=False)(x)
+    network_ = compile_network(odd, "auto", GPU, cuda_graphs=False)
+    for _ in range(2):
+        torch.testing.assert_close(network_(x), odd(x))
+    said = [record.getMessage() for record in caplog.records if record.name == "apot_fat"]
+    assert [line[:62] for line in said] == ["the network is not compiled, its quantizers alone are (Call to"]
+
+
+def test_what_evaluation_keeps_stays_where_a_graph_found_it(compilations: list[Any]) -> None:
+    model = network()
+    compiled = compile_network(model, "model", CPU)
+    layer: Any = model[0]  # type: ignore[index]
+    places = set()
+    for epoch in range(3):
+        layer.weight.data += 0.1 * epoch
+        compiled.eval()
+        x = torch.randn(2, 3, 4, 4)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x))
+        places.add(layer._graph_weight.data_ptr())
+        torch.testing.assert_close(layer._graph_weight, layer.quantized_weight().detach(), atol=0, rtol=0)
+        compiled.train()
+    assert len(places) == 1
+    assert len([shapes for shapes in compilations if (2, 3, 4, 4) in shapes]) == 1  # one graph
