@@ -209,8 +209,8 @@ def weight_forward(w: Tensor, alpha: Tensor, levels: LevelSet) -> Tensor:
     """w_q of ``quantize_weight``."""
     alpha_used, u = _in_units(w, alpha)
     if levels.is_signed:
-        return (_project_own(u, levels) * alpha_used).to(w.dtype)
-    return (u.sign() * _project_clipped(u.abs(), levels, "above") * alpha_used).to(w.dtype)
+        return _from_units(_project_own(u, levels), alpha_used, w.dtype)
+    return _from_units(u.sign() * _project_clipped(u.abs(), levels, "above"), alpha_used, w.dtype)
 
 
 def weight_backward(
@@ -228,7 +228,7 @@ def weight_backward(
 def activation_forward(x: Tensor, alpha: Tensor, levels: LevelSet, clip: InputClip) -> Tensor:
     """x_q of ``quantize_activation``."""
     alpha_used, u = _in_units(x, alpha)
-    return _project_clipped(u, levels, clip).mul_(alpha_used).to(x.dtype)
+    return _from_units(_project_clipped(u, levels, clip), alpha_used, x.dtype)
 
 
 def activation_forward_with_codes(x: Tensor, alpha: Tensor, levels: LevelSet, clip: InputClip) -> tuple[Tensor, Tensor]:
@@ -366,6 +366,13 @@ def _in_units(x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     # the threshold in use and u, both in the type computed in
     alpha_used = positive(alpha).to(torch.promote_types(x.dtype, torch.float32))
     return alpha_used, x.to(alpha_used.dtype) / alpha_used
+
+
+def _from_units(q: Tensor, alpha_used: Tensor, dtype: torch.dtype) -> Tensor:
+    # α q; q may be overwritten. PyTorch 2.11 compiles an autograd function without its gradient where the result is
+    # written in place, or by a conversion that changes nothing.
+    value = q * alpha_used if torch.compiler.is_compiling() else q.mul_(alpha_used)
+    return value if value.dtype == dtype else value.to(dtype)
 
 
 def _alpha_gradient(grad: Tensor, slope: Tensor, alpha: Tensor) -> Tensor:
