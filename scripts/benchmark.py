@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,21 +21,32 @@ from apot_fat.data import Augmentation, ImageBatches, ImageSet
 from apot_fat.export import export_onnx
 from apot_fat.export.onnx import ExportMode
 from apot_fat.models import create_model
+from apot_fat.optional import needed_for
 from apot_fat.quant.fake_quant import quantize_activation
 from apot_fat.quant.kernels import set_kernels
 from apot_fat.quant.spec import PRESETS, preset
 from apot_fat.text import aligned
+from apot_fat.timing import (
+    Forward,
+    Work,
+    forward_backward,
+    kept_for_backward,
+    median_milliseconds,
+    passes_over,
+    training_step,
+)
 from apot_fat.training.compile import compile_network
 from apot_fat.training.config import COMPILE_MODES
-from apot_fat.training.device import choose_device
+from apot_fat.training.device import choose_device, set_numerics
 
-SHAPE = (128, 16, 32, 32)  # the largest activation of ResNet-20, 128 images
+FEATURES = (16, 32, 32)  # the largest activation of ResNet-20, of an image
+LARGE_FEATURES = (64, 112, 112)  # that of ResNet-18: 392 MiB at 128 images, which no GPU's cache holds
 NETWORKS = (("fp32", "apot-cifar", 32), ("apot-cifar", "apot-cifar", 4), ("fat-cifar", "fat-cifar", 4))
 BITS = (2, 3, 4, 5)
-WARM_UP, MIN_ROUNDS, MAX_ROUNDS = 2, 7, 51
+MATRIX_ELEMENTS = 1 << 24
+"""The published (levels × elements) matrix of more elements may not fit into memory."""
 
 Row = dict[str, Any]
-Work = Callable[[], object]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.seconds <= 0 or options.threads < 1 or options.batch_size < 1:
         raise ValueError("seconds, threads and batch-size must be positive")
     options.device = choose_device(options.device)
+    set_numerics("fast", options.device)  # as training does
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     rows = BENCHMARKS[options.what](options)
@@ -66,51 +76,50 @@ def main(argv: list[str] | None = None) -> None:
 def quantizer(options: argparse.Namespace) -> list[Row]:
     """Forward and backward of one activation: every preset, compiled and eager, and the baselines."""
     device = options.device
-    shape = (options.batch_size, *SHAPE[1:])
+    shape = (options.batch_size, *(LARGE_FEATURES if device.type == "cuda" else FEATURES))
     x = torch.randn(shape, device=device).relu_().requires_grad_()
     grad, out = torch.randn_like(x), torch.empty_like(x)
     scale = torch.full((1,), 0.1, device=device, requires_grad=True)
     zero = torch.zeros(1, device=device, requires_grad=True)
     alpha = torch.full((), 1.5, device=device, requires_grad=True)
 
-    def learnable(bits: int) -> Work:
+    def learnable(bits: int) -> Forward:
         function = torch._fake_quantize_learnable_per_tensor_affine
-        return lambda: _forward_backward(function(x, scale, zero, 0, 2**bits - 1, 1.0), grad, (x, scale, zero))
+        return lambda: function(x, scale, zero, 0, 2**bits - 1, 1.0)
 
-    def ours(name: str, bits: int, kernels: str) -> Work:
+    def ours(name: str, bits: int, kernels: str) -> Forward:
         spec = preset(name, bits=bits)
 
-        def work() -> None:
+        def forward() -> Tensor:
             set_kernels(kernels)
-            y = quantize_activation(x, alpha, spec.act_set, clip=spec.act_clip, alpha_gradient=spec.act_alpha_gradient)
-            _forward_backward(y, grad, (x, alpha))
+            return quantize_activation(
+                x, alpha, spec.act_set, clip=spec.act_clip, alpha_gradient=spec.act_alpha_gradient
+            )
 
-        return work
+        return forward
 
-    def distance(bits: int) -> Work:
+    def distance(bits: int) -> Forward:
         levels = preset("apot-cifar", bits=bits).act_set.tensor(device=device)
-        return lambda: _forward_backward(distance_matrix_quantizer(x, alpha, levels), grad, (x, alpha))
+        return lambda: distance_matrix_quantizer(x, alpha, levels)
 
-    works: dict[str, Work] = {
-        "copy": lambda: out.copy_(x.detach()),
-        "relu": lambda: _forward_backward(F.relu(x), grad, (x,)),
-        "torch learnable uniform, 4 bits": learnable(4),
-    }
-    works |= {f"distance matrix, {bits} bits": distance(bits) for bits in BITS}
+    forwards: dict[str, Forward] = {"relu": lambda: F.relu(x), "torch learnable uniform, 4 bits": learnable(4)}
+    if x.numel() <= MATRIX_ELEMENTS:
+        forwards |= {f"distance matrix, {bits} bits": distance(bits) for bits in BITS}
     for name in PRESETS:
         for bits in BITS:
-            works[f"{name}, {bits} bits"] = ours(name, bits, "compiled")
-            works[f"{name}, {bits} bits, eager"] = ours(name, bits, "eager")
-    rows = _rows(_medians(works, options), "relu", "torch learnable uniform, 4 bits")
+            forwards[f"{name}, {bits} bits"] = ours(name, bits, "compiled")
+            forwards[f"{name}, {bits} bits, eager"] = ours(name, bits, "eager")
+    works: dict[str, Work] = {"copy": lambda: out.copy_(x.detach())}
+    works |= {what: forward_backward(forward, grad, (x, scale, zero, alpha)) for what, forward in forwards.items()}
+    medians = median_milliseconds(works, device, seconds=options.seconds, flush_cache=True)
+    rows = _rows(medians, "relu", "torch learnable uniform, 4 bits")
     for row in rows:
         bits = next((bits for bits in BITS if f"{bits} bits" in row["what"]), 4)
-        slow = next(other["ms"] for other in rows if other["what"] == f"distance matrix, {bits} bits")
-        row["distance matrix / this"] = slow / row["ms"]
-    if device.type == "cuda":
-        # least traffic: read x, write x_q; read g, x and x_q, write the gradient: 6 passes, and 2 for a copy
-        copied = next(row["ms"] for row in rows if row["what"] == "copy")
-        for row in rows:
-            row["bandwidth / copy"] = (1 if row["what"] == "copy" else 3) * copied / row["ms"]
+        if slow := medians.get(f"distance matrix, {bits} bits"):
+            row["distance matrix / this"] = slow / row["ms"]
+        if device.type == "cuda":
+            passes = passes_over(x, forwards[row["what"]]) if row["what"] in forwards else 2
+            row["bandwidth / copy"] = passes / 2 * medians["copy"] / row["ms"]
     return rows
 
 
@@ -119,14 +128,7 @@ def step(options: argparse.Namespace) -> list[Row]:
     x, labels = _images(options.batch_size, options.device)
 
     def work(model: nn.Module, network: nn.Module) -> Work:
-        optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-
-        def one_step() -> None:
-            optimizer.zero_grad()
-            F.cross_entropy(network(x), labels).backward()
-            optimizer.step()
-
-        return one_step
+        return training_step(network, torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, fused=True), x, labels)
 
     works = {name: work(*_network(choice, bits, options)) for name, choice, bits in NETWORKS}
     return _rows(_medians(works, options), "fp32")
@@ -154,10 +156,8 @@ def evaluate(options: argparse.Namespace) -> list[Row]:
 
 def onnx(options: argparse.Namespace) -> list[Row]:
     """100 images through ResNet-20's ONNX files in onnxruntime."""
-    try:
+    with needed_for("benchmark onnx"):
         import onnxruntime as runtime
-    except ImportError as error:
-        raise ValueError("benchmark onnx needs onnxruntime: pip install apot-fat[export]") from error
     session_options = runtime.SessionOptions()
     session_options.intra_op_num_threads = options.threads
     # a session's threads would go on spinning for a while after each run, on the cores of the next one
@@ -207,22 +207,16 @@ def input_batches(options: argparse.Namespace) -> list[Row]:
 def memory(options: argparse.Namespace) -> list[Row]:
     """What a training step of ResNet-20 keeps for backward: storages of saved tensors, parameters not counted."""
     x, labels = _images(options.batch_size, options.device)
+
+    def loss(network: nn.Module) -> Tensor:
+        return F.cross_entropy(network(x), labels)
+
     rows: list[Row] = []
     for name, choice, bits in NETWORKS:
         model, network = _network(choice, bits, options)
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        kept: dict[int, int] = {}
-
-        def note(tensor: Tensor, own: set[int] = own, kept: dict[int, int] = kept) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = F.cross_entropy(network(x), labels)
-        loss.backward()
-        rows.append({"what": name, "MiB": sum(kept.values()) / 2**20})
+        kept = kept_for_backward(partial(loss, network))
+        rows.append({"what": name, "MiB": sum(size for at, size in kept.items() if at not in own) / 2**20})
     for row in rows:
         row["/ fp32"] = row["MiB"] / rows[0]["MiB"]
     return rows
@@ -248,12 +242,6 @@ def distance_matrix_quantizer(x: Tensor, alpha: Tensor, levels_L: Tensor) -> Ten
     return alpha * (u + (q - u).detach())
 
 
-def _forward_backward(y: Tensor, grad: Tensor, leaves: tuple[Tensor, ...]) -> None:
-    for leaf in leaves:
-        leaf.grad = None
-    y.backward(grad)
-
-
 def _images(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     x = torch.randn(count, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     return x, torch.randint(0, 10, (count,), device=device)
@@ -266,34 +254,7 @@ def _network(choice: str, bits: int, options: argparse.Namespace) -> tuple[nn.Mo
 
 
 def _medians(works: dict[str, Work], options: argparse.Namespace) -> dict[str, float]:
-    """Median milliseconds of each, interleaved so that whatever else the machine does falls on all alike."""
-    timer = _cuda_milliseconds if options.device.type == "cuda" else _milliseconds
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for work in tqdm(works.values(), desc="warm-up", leave=False, disable=None):
-        for _ in range(WARM_UP):
-            work()
-    end = time.perf_counter() + options.seconds
-    for done in tqdm(range(MAX_ROUNDS), desc="rounds", leave=False, disable=None):
-        if done >= MIN_ROUNDS and time.perf_counter() > end:
-            break
-        for name, work in works.items():
-            times[name].append(timer(work))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _milliseconds(work: Work) -> float:
-    start = time.perf_counter()
-    work()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _cuda_milliseconds(work: Work) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    return median_milliseconds(works, options.device, seconds=options.seconds)
 
 
 def _rows(medians: dict[str, float], *baselines: str) -> list[Row]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from apot_fat.command_line import make_parser, parse, run_main
+from apot_fat.command_line import log, make_parser, parse, run_main
+from apot_fat.optional import MissingPackageError
 from apot_fat.quant.spec import check_bits
 from apot_fat.report import draw_runs, find_runs, runs_table
 from apot_fat.training import train_chain
@@ -28,7 +29,10 @@ def main(argv: list[str] | None = None) -> None:
     output = summaries[0].folder.parent
     runs = find_runs(output)
     print(runs_table(runs))
-    print(f"figure: {draw_runs(runs, Path(output) / 'progressive.png')}")
+    try:
+        print(f"figure: {draw_runs(runs, Path(output) / 'progressive.png')}")
+    except MissingPackageError as error:  # the chain is trained all the same
+        log.warning("no figure: %s", error)
 
 
 def _parse_chain(text: str) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from apot_fat.command_line import log, make_parser, parse_values, run_main
+from apot_fat.optional import MissingPackageError
 from apot_fat.report import draw_sweep, seeds_table, sweep_table
 from apot_fat.report.sweep import MEASURES
 from apot_fat.training.distributed import launched
@@ -73,7 +74,10 @@ def main(argv: list[str] | None = None) -> None:
     print_tables(rows, baseline if has_baseline else None, options.by)
     print(f"\nresults: {output / 'results.csv'}")
     if has_baseline:
-        print(f"figure: {draw_sweep(rows, output / 'results.png', baseline, options.by)}")
+        try:
+            print(f"figure: {draw_sweep(rows, output / 'results.png', baseline, options.by)}")
+        except MissingPackageError as error:  # the results are there all the same
+            log.warning("no figure: %s", error)
 
 
 def chosen(sweep: Sweep, options: argparse.Namespace) -> Callable[[Cell], bool]:

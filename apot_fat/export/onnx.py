@@ -20,6 +20,7 @@ from apot_fat.checkpoint import atomic_write
 from apot_fat.export.float32 import EXACT_FLOAT, RESCALE, SPLIT_SUMS, Rescaling, write_floats
 from apot_fat.export.graph import MARKS_DOMAIN, PROJECT, Projection, mark_index
 from apot_fat.export.int8 import best_range, write_integers
+from apot_fat.optional import needed_for
 from apot_fat.quant.convert import fold_weight
 from apot_fat.quant.integers import Integers, integer_weight
 from apot_fat.quant.layers import AnyQuantized, EightBitConv2d, QuantConv2d, QuantLinear
@@ -99,8 +100,9 @@ def export_onnx(
     """
     if mode not in get_args(ExportMode):
         raise ValueError(f"mode {mode!r}: choose one of {', '.join(get_args(ExportMode))}")
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        _require(package)
+    with needed_for("ONNX export"):
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            importlib.import_module(package)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_VERIFY_IMAGES, *input_shape, generator=generator) if verify_with is None else verify_with
     if x.shape[1:] != tuple(input_shape) or not len(x):
@@ -139,13 +141,6 @@ def export_onnx(
         temporary.write_bytes(content)
     quantized = sum(isinstance(m, QuantConv2d | QuantLinear) for m in reference.modules())
     return OnnxReport(Path(path), mode, error, max_error, agreement, integer_convs, quantized)
-
-
-def _require(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(f"ONNX export needs {package}: pip install apot-fat[export]") from error
 
 
 class _Plain(nn.Module):
@@ -306,7 +301,8 @@ def _only_output(y: Any) -> Tensor:
 
 
 def _session(content: bytes) -> Any:
-    runtime = _require("onnxruntime")
+    import onnxruntime as runtime
+
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

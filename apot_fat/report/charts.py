@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apot_fat.checkpoint import atomic_write
+from apot_fat.optional import needed_for
 from apot_fat.report.contents import Report
 
 HEIGHT = 260  # pixels
@@ -99,7 +100,8 @@ def write_figures(
     Returns:
         The files.
     """
-    import vl_convert
+    with needed_for("drawing figures"):
+        import vl_convert
 
     written = []
     for name, spec in drawn:

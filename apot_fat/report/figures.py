@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from apot_fat.checkpoint import atomic_write, load_weights, num_outputs, read_checkpoint
+from apot_fat.optional import needed_for
 from apot_fat.quant.layers import quant_layers
 from apot_fat.training.build import create_network
 from apot_fat.training.folder import BEST, LAST, RunSummary, run_config
@@ -27,7 +28,8 @@ def draw_runs(runs: Sequence[RunSummary], path: Path) -> Path:
     Returns:
         The path.
     """
-    from matplotlib.figure import Figure
+    with needed_for("drawing runs"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8), dpi=110, layout="constrained")
     (curves, bits), (thresholds, weights) = figure.subplots(2, 2)

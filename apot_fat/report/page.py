@@ -10,6 +10,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from apot_fat.optional import needed_for
 from apot_fat.report.charts import DARK, LIGHT, Chart, make_charts
 from apot_fat.report.contents import Report
 
@@ -85,7 +86,8 @@ def page(report: Report) -> str:
 
 @lru_cache(maxsize=1)
 def _plotting_library() -> str:
-    import vl_convert
+    with needed_for("a report"):
+        import vl_convert
 
     # its newest Vega-Lite, with Vega and vega-embed
     script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apot_fat.checkpoint import atomic_write
+from apot_fat.optional import needed_for
 from apot_fat.report.figures import METHOD_COLORS
 from apot_fat.training.results import ResultRow
 
@@ -120,7 +121,8 @@ def draw_sweep(rows: Sequence[ResultRow], path: Path, baseline: str = "published
     Returns:
         The path of the PNG.
     """
-    from matplotlib.figure import Figure
+    with needed_for("drawing a sweep"):
+        from matplotlib.figure import Figure
 
     cells = summaries(rows, measure)
     columns = [column for column in _columns(rows) if (baseline, *column) in cells]

@@ -26,7 +26,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(("set_device", device)))
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *device: asked.append(("get_rng_state", *device)) or "bits")
+
+    def get_rng_state(*device: Any) -> str:
+        asked.append(("get_rng_state", *device))
+        return "bits"
+
+    monkeypatch.setattr(torch.cuda, "get_rng_state", get_rng_state)
     return asked
 
 

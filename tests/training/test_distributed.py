@@ -173,7 +173,8 @@ def test_the_recorded_accuracy_is_the_checkpoints(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "out/resnet20_4bit"
     recorded = json.loads((folder / "metrics.jsonl").read_text())
-    alone = run([sys.executable, ROOT / "scripts/evaluate.py", "--init", folder / "checkpoint.pth.tar"], tmp_path)
+    line = [sys.executable, str(ROOT / "scripts/evaluate.py"), "--init", str(folder / "checkpoint.pth.tar")]
+    alone = run(line, tmp_path)
     assert f"{round(recorded['test_top1'] * 3.6)} of 360 images correct" in alone.stdout, (recorded, alone.stdout)
 
 
