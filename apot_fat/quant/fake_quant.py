@@ -52,10 +52,9 @@ def _project_own(u: Tensor, levels: LevelSet) -> Tensor:
         steps, lowest, one = (_literal(value, u) for value in (levels.steps, levels.levels[0], 1.0))
         n = u.clamp_(lowest, one).mul_(steps)
         n = n.sub_(1).div_(2).round_().mul_(2).add_(1) if levels.spacing == 2 else n.round_()
-        return n.div_(steps)
+        return _over(n, levels.steps)
     if levels.is_uniform:
-        steps = _literal(levels.steps, u)
-        return u.mul_(steps).round_().div_(steps)
+        return _over(u.mul_(_literal(levels.steps, u)).round_(), levels.steps)
     by_bits = levels.is_pot and u.dtype == torch.float32 and levels.denominator <= _MAX_EXACT_POT_DENOMINATOR
     if by_bits and not torch.compiler.is_compiling():
         octaves = u.view(torch.int32).bitwise_right_shift_(22).bitwise_and_(0x1FF)  # exponent and half of an octave
@@ -68,7 +67,7 @@ def _project_own(u: Tensor, levels: LevelSet) -> Tensor:
         q = _round_to_power_of_two(u, levels.levels[1])
     elif torch.compiler.is_compiling():
         q = _search(u, levels)
-        q = q / _literal(levels.steps, u) if levels.has_table else q
+        q = _over(q, levels.steps) if levels.has_table else q
     else:
         thresholds = _constant(levels.thresholds, u.dtype, u.device)
         q = _constant(levels.levels, u.dtype, u.device)[torch.bucketize(u, thresholds, right=True)]
@@ -97,6 +96,15 @@ def _search(u: Tensor, levels: LevelSet) -> Tensor:
         above = twice >= left[half - 1] + left[half]
         left = [torch.where(above, b, a) for a, b in zip(left[:half], left[half:], strict=True)]
     return left[0]
+
+
+def _over(n: Tensor, steps: float) -> Tensor:
+    # n / steps, correctly rounded as levels are; n may be overwritten. Of a number CUDA would take the reciprocal and
+    # multiply, and Inductor of a constant, but not of a selection.
+    if not torch.compiler.is_compiling():
+        return n.div_(_constant((steps,), n.dtype, n.device)[0] if n.is_cuda else steps)
+    divisor = _literal(steps, n)
+    return n / (torch.where(n != n, math.nan, divisor) if n.is_cuda else divisor)
 
 
 def _literal(value: float, like: Tensor) -> Any:
@@ -244,7 +252,7 @@ def activation_codes(x: Tensor, alpha: Tensor, levels: LevelSet, clip: InputClip
     if torch.compiler.is_compiling() and not levels.is_uniform and not levels.is_pot:
         return _search(u, levels).to(torch.uint8), torch.where(u != u, u, 0).sum()
     q = _project_clipped(u, levels, clip)
-    return _codes(q, levels), q.sum() * 0
+    return _codes(q, levels), q.sum() * 0.0  # of an integer 0 PyTorch 2.11 knows the product, of NaN too
 
 
 def has_codes(levels: LevelSet, clip: InputClip) -> bool:
@@ -290,8 +298,7 @@ def _codes(q: Tensor, levels: LevelSet) -> Tensor:
 
 
 def _level(codes: Tensor, levels: LevelSet, dtype: torch.dtype) -> Tensor:
-    numerators = codes.to(dtype)
-    return numerators / _literal(levels.steps, numerators)
+    return _over(codes.to(dtype), levels.steps)
 
 
 def _project_clipped(u: Tensor, levels: LevelSet, clip: InputClip) -> Tensor:

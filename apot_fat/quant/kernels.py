@@ -22,14 +22,14 @@ from apot_fat.quant.spec import KernelChoice
 from apot_fat.text import one_line
 
 AUTO_ELEMENTS = 1 << 18
-"""``auto`` compiles on a CPU for tensors of at least this many elements; smaller ones do not earn it back there."""
+"""``auto`` compiles for tensors of at least this many elements on a CPU: smaller ones do not earn the compilation."""
 
-# What Inductor builds into a kernel of dynamic size by the first size it sees; sizes on two sides of a bound, itself to
-# the left, get a kernel each.
-_CPU_BOUNDS = (1 << 12,)  # serial code up to here
-# One block of threads sums up to 2^13 elements; more blocks, whose number remains, sum more: one for each 2^13 elements
-# serves up to eight times as many, and from 2^22 on there are enough of them for any size. An index takes 64 bits from
-# 2^31 on, and in a sum from a few less on: blocks get equal parts, the last one is filled up.
+# Inductor builds something of the first size it sees into a kernel for any size: sizes up to a bound and above it are
+# given a kernel each.
+_CPU_BOUNDS = (1 << 12,)  # up to here serial code
+# Up to 2^13 elements are summed by one block of threads, more by one for each 2^13, whose number is then fixed: enough
+# for eight times as many elements, and from 2^22 on for any. From 2^31 on an index takes 64 bits; in a sum from a few
+# elements less on, since all blocks have parts of one size.
 _GPU_BOUNDS = (1 << 13, 1 << 16, 1 << 19, 1 << 22, (1 << 31) - (1 << 15), (1 << 31) - 1)
 
 _ROUNDED_DIVISION = "eager_numerics.division_rounding"
@@ -189,7 +189,7 @@ def _compiles(x: Tensor) -> bool:
         return False
     if _choice == "compiled":
         return True
-    # eagerly a quantizer is a dozen launches, and up to some 10^5 elements a GPU takes longer to launch than to compute
+    # on a GPU small tensors cost launches, and a quantizer that is not compiled is a dozen of them
     return (x.device.type == "cuda" or x.numel() >= AUTO_ELEMENTS) and compiler_works(x.device.type)
 
 
