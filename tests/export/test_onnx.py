@@ -21,6 +21,7 @@ from apot_fat.export.int8 import best_range, linear_grid
 from apot_fat.export.integer import IntegerLayer
 from apot_fat.models import create_model
 from apot_fat.quant import QuantConv2d, QuantLinear, level_set, preset, quantize_activation
+from apot_fat.quant.byte_product import bytes_work
 from apot_fat.quant.integers import integer_weight
 from apot_fat.quant.layers import EightBitConv2d, EightBitLinear
 from apot_fat.quant.spec import InputClip
@@ -289,14 +290,14 @@ def test_released_networks_classify_the_same(bits: int, released: Released, tmp_
     assert report.agreement >= 0.98
     found = run_file(tmp_path / "float.onnx", images, threads=2).argmax(1)
     assert torch.equal(found, exact)
-    if bits == 3:  # at 4 bits PyTorch in float32 takes another class for one image that lies on a threshold
-        assert int((found == labels).sum()) == right
+    # PyTorch in float32 takes another class for an image on a threshold: at 4 bits, and at 3 where it adds floats
+    assert abs(int((found == labels).sum()) - right) <= (bits == 4 or not bytes_work())
     report = export_onnx(model, tmp_path / "int8.onnx", (3, 32, 32), "int8", verify_with=images[:100])
     assert report.integer_convs == report.quantized_layers == 20
     assert report.agreement >= 0.94
     if bits == 3:
         found = run_file(tmp_path / "int8.onnx", images, threads=2).argmax(1)
-        assert abs(int((found == labels).sum()) - right) <= 3
+        assert abs(int((found == labels).sum()) - int((exact == labels).sum())) <= 3
 
 
 def test_script_writes_a_file_and_says_mistakes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
