@@ -62,8 +62,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
         The size of the file in bytes.
 
     Raises:
-        ValueError: no quantized layer, two that share one weight, or powers of two over more than 2^31; nothing is
-            then written.
+        ValueError: no quantized layer, one that shares its weight with another module, or powers of two over more than
+            2^31; nothing is then written.
         MissingPackageError: safetensors.
     """
     with needed_for(_PURPOSE):
@@ -71,9 +71,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AnyQuantized)}
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no quantized layer: there is nothing to pack")
-    weights = [id(module.weight) for module in layers.values()]
-    if len(set(weights)) < len(weights):
-        raise ValueError(f"{type(model).__name__}: two quantized layers share one weight, which cannot be packed")
+    _check_own_weights(model, layers)
     tensors: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
     for name, module in layers.items():
@@ -148,6 +146,20 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     return model.eval()
 
 
+def _check_own_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    # an embedding tied to a linear layer would read the quantized weight, or the layer the embedding's
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            users.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+    for name, module in layers.items():
+        if len(shared := users[id(module.weight)]) > 1:
+            raise ValueError(
+                f"{type(model).__name__}: {' and '.join(shared)} share one weight, which cannot be packed: give "
+                f"the layer a copy of its own, {name}.weight = nn.Parameter({name}.weight.detach().clone())"
+            )
+
+
 def _pack_layer(module: nn.Module) -> tuple[Tensor | None, dict[str, Any]]:
     """Packed codes, or None for a float weight; and what to say of the layer."""
     integers = integer_weight(module)
@@ -166,7 +178,7 @@ def _pack_layer(module: nn.Module) -> tuple[Tensor | None, dict[str, Any]]:
     if integers is None:
         return None, entry
     signed = torch.tensor(spec.weight_set.signed_numerators, device=integers.numerators.device)
-    return pack_bits(torch.bucketize(integers.numerators, signed), spec.weight_bits), entry
+    return pack_bits(torch.bucketize(integers.numerators.contiguous(), signed), spec.weight_bits), entry
 
 
 def _unpack_layer(entry: dict[str, Any], codes: Tensor | None, alpha: Tensor | None) -> _Plan:

@@ -61,6 +61,12 @@ def normalize_weight(w: Tensor, spec: QuantSpec) -> Tensor:
     return centered / torch.where(std <= CONSTANT * mean.detach().abs(), 1, std)
 
 
+def _deviation(w: Tensor) -> Tensor:
+    # 1 for a weight that has none
+    std = w.detach().std(correction=0)
+    return torch.where(std > 0, std, 1)
+
+
 T = TypeVar("T")
 
 
@@ -248,8 +254,18 @@ class _QuantLayer(_KeepsWeight):
 
     def transformed_weight(self) -> Tensor:
         """The weight just before projection: normalised, and with FAT transformed. Shape of ``weight``."""
+        if self.transform is None:
+            return normalize_weight(self.weight, self.spec)
+        w = frequency_transform(self.weight_to_transform(), self.transform)[0]
+        return w if self.spec.weight_norm != "none" else w * _deviation(self.weight)
+
+    def weight_to_transform(self) -> Tensor:
+        """What FAT's transform takes: the normalised weight; one that is not normalised in units of its deviation.
+
+        The mask depends on the scale of the spectrum. Such a weight gets its scale, a constant for the gradient, back.
+        """
         w = normalize_weight(self.weight, self.spec)
-        return w if self.transform is None else frequency_transform(w, self.transform)[0]
+        return w if self.spec.weight_norm != "none" else w / _deviation(self.weight)
 
     def quantized_weight(self) -> Tensor:
         """The weight the layer computes with: α times a level; at 32 bits the weight itself. Shape of ``weight``."""
@@ -341,7 +357,7 @@ class _QuantLayer(_KeepsWeight):
         if self.transform is None:
             return None
         with torch.no_grad():
-            mask = frequency_transform(normalize_weight(self.weight, self.spec), self.transform)[1]
+            mask = frequency_transform(self.weight_to_transform(), self.transform)[1]
             return mask.max().item(), mask.min().item()
 
     def show_params(self) -> None:
@@ -411,8 +427,9 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
         )
         self._init_quantizers(spec, relu)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """y = conv(x_q, w_q) + bias."""
+        x = input  # the name that callers of Conv2d may give
         conv = self._conv_settings()
         if x.dim() != 4 or conv is None:
             return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
@@ -466,10 +483,10 @@ class QuantLinear(_QuantLayer, nn.Linear):
         super().__init__(in_features, out_features, bias, **linear_options)
         self._init_quantizers(spec, relu)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """y = x_q w_qᵀ + bias."""
-        y = self._quantized_product(x, self.bias, None)
-        return y if y is not None else F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+        y = self._quantized_product(input, self.bias, None)
+        return y if y is not None else F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
     def prepare(self) -> None:
         """Compute what the layer keeps in evaluation."""
@@ -488,9 +505,9 @@ class EightBitConv2d(_KeepsWeight, nn.Conv2d):
         """The weight the layer computes with."""
         return self._keep_weight((self.weight,), lambda: eight_bit_weight(self.weight))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """y = conv(x, w_q) + bias."""
-        return self._conv_forward(x, self.quantized_weight(), self.bias)
+        return self._conv_forward(input, self.quantized_weight(), self.bias)
 
 
 class EightBitLinear(_KeepsWeight, nn.Linear):
@@ -500,9 +517,9 @@ class EightBitLinear(_KeepsWeight, nn.Linear):
         """The weight the layer computes with."""
         return self._keep_weight((self.weight,), lambda: eight_bit_weight(self.weight))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """y = x w_qᵀ + bias."""
-        return F.linear(x, self.quantized_weight(), self.bias)
+        return F.linear(input, self.quantized_weight(), self.bias)
 
 
 AnyQuantized = QuantConv2d | QuantLinear | EightBitConv2d | EightBitLinear

@@ -20,12 +20,15 @@ from apot_fat.quant.fake_quant import positive
 from apot_fat.quant.frequency import frequency_transform
 from apot_fat.quant.integers import integer_weight
 from apot_fat.quant.kernels import along_rows
-from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear, normalize_weight
+from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
 from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.watching import evaluation_mode, watch_inputs
 
 BINS = 80
 MOST_BANDS = 96
+MOST_IMAGES = 16
+"""Images that inputs are measured on: with what is counted of them those of MobileNetV2's largest layer take 66 MB an
+image."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ def measure_layers(
 
     Args:
         model: any network; left in evaluation mode.
-        images: a normalised batch (N, C, H, W), or None: then inputs are not measured. Of a layer that runs more than
-            once the first input counts.
+        images: a normalised batch (N, C, H, W), on the model's device, of which the first ``MOST_IMAGES`` count; or
+            None: then inputs are not measured. Of a layer that runs more than once the first input counts.
         progress: told of each layer as it is done.
     """
     model.eval()
@@ -178,7 +181,7 @@ def distribution(
     v, q = value.detach().double().flatten(), quantized.detach().double().flatten()
     shares: tuple[float, ...] = ()
     if levels:
-        midpoints = torch.tensor([(a + b) / 2 for a, b in pairwise(levels)], dtype=torch.float64)
+        midpoints = q.new_tensor([(a + b) / 2 for a, b in pairwise(levels)])
         counts = torch.bucketize(q, midpoints).bincount(minlength=len(levels))
         shares = tuple((counts.double() / max(len(q), 1)).tolist())
     outside = None if bounds is None else (v < bounds[0]) | (v > bounds[1])
@@ -205,9 +208,9 @@ def measure_spectrum(layer: nn.Module) -> Spectrum | None:
     """The spectrum of a layer's weight before and after FAT's mask, and the mask; None without a transform."""
     if not isinstance(layer, QuantConv2d | QuantLinear) or layer.transform is None:
         return None
-    w = normalize_weight(layer.weight, layer.spec)
-    mask_OF = frequency_transform(w, layer.transform)[1].double()
-    w_OK = w.reshape(w.shape[0], -1).double()
+    w = layer.weight_to_transform()
+    mask_OF = frequency_transform(w, layer.transform)[1].double().cpu()  # hundreds of numbers are read of it
+    w_OK = w.reshape(w.shape[0], -1).double().cpu()
     magnitude_OF = torch.fft.rfft(w_OK).abs()
     frequencies = torch.arange(mask_OF.shape[1], dtype=torch.float64) / w_OK.shape[1]
     bands = [band for band in torch.arange(mask_OF.shape[1]).tensor_split(MOST_BANDS) if len(band)]
@@ -231,7 +234,7 @@ def measure_inputs(model: nn.Module, images: Tensor) -> dict[str, Distribution]:
 
     Args:
         model: any network; measured in evaluation mode, and left in its own.
-        images: a normalised batch (N, C, H, W).
+        images: a normalised batch (N, C, H, W), on the model's device; the first ``MOST_IMAGES`` are measured.
     """
     measured: dict[str, Distribution] = {}
     names = {layer: name for name, layer in weight_layers(model)}
@@ -241,12 +244,12 @@ def measure_inputs(model: nn.Module, images: Tensor) -> dict[str, Distribution]:
             measured[names[layer]] = measure_input(layer, inputs[0])
 
     with evaluation_mode(model), watch_inputs(names, measure):
-        model(images)
+        model(images[:MOST_IMAGES])
     return measured
 
 
 def _histogram(v: Tensor, reach: list[float]) -> Histogram:
-    ends = torch.cat([v, torch.tensor(reach, dtype=torch.float64)])
+    ends = torch.cat([v, v.new_tensor(reach)])
     if not len(ends):
         return Histogram(0.0, 1.0, ())
     low, high = (float(end) for end in ends.aminmax())

@@ -32,7 +32,8 @@ class QuantSpec:
         weight_norm: ``standardize`` (w − mean) / std, ``center`` w − mean, ``tanh`` tanh(w) / max |tanh(w)|, or
             ``none``.
         weight_norm_gradient: whether the gradient flows through mean, std and maximum; otherwise they are constants.
-        transform: FAT's frequency transform of the normalised weight.
+        transform: FAT's frequency transform of the normalised weight; of one that is not, in units of its standard
+            deviation, which it then gets back.
         weight_gradient: ``calibrated`` passes ∂L/∂ŵ whole, ``clipped`` only where u is inside the levels. 2-bit weights
             {−1, 0, 1} are always calibrated.
         weight_per_channel: one weight threshold an output channel, ``weight_alpha`` of shape (C_out,) with a gradient

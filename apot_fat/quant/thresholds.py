@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -19,6 +20,7 @@ from apot_fat.quant.layers import (
     quant_layers,
 )
 from apot_fat.quant.levels import LevelSet
+from apot_fat.quant.sampling import sample, sample_columns
 from apot_fat.quant.watching import evaluation_mode, watch_inputs
 from apot_fat.text import one_line
 
@@ -27,7 +29,7 @@ ThresholdRule = Literal["mse", "lsq"]
 FIT_SAMPLES = 1 << 16
 """Values that a threshold is fitted to."""
 _FIT_CHANNEL_SAMPLES = 1 << 10
-_FIT_STEPS = 100
+_FIT_RANGE, _FIT_STEPS, _FINE_STEPS = (0.01, 4.0), 100, 21
 
 
 @torch.no_grad()
@@ -90,8 +92,9 @@ def initialize_thresholds(model: nn.Module, batch: Tensor, rule: str = "mse") ->
 def fit_threshold(values: Tensor, levels: LevelSet, *, signed: bool) -> float:
     """The clipping threshold of least squared error.
 
-    Equation: argmin over α of Σ (v − v_q(α))², α on a grid of 100 steps up to max |v|; about 65,000 evenly taken values
-    stand for more.
+    Equation: argmin over α of Σ (v − v_q(α))², α / max |v| on a geometric grid of 100 from 1/100 to 4 (levels of powers
+    of two lie densest near 0, so that it may pay to leave the upper ones unused), then on 21 around the best of them;
+    about 65,000 values taken at random stand for more.
 
     Args:
         values: any shape, not empty.
@@ -101,8 +104,7 @@ def fit_threshold(values: Tensor, levels: LevelSet, *, signed: bool) -> float:
     Returns:
         α, same unit as the values; 1 where no value is positive (or, signed, not zero).
     """
-    values = values.detach().flatten()
-    values = values[:: max(1, values.numel() // FIT_SAMPLES)].float()
+    values = sample(values, FIT_SAMPLES).float()
     return _fit_rows((values if signed else values.clamp(min=0))[None], levels).item()
 
 
@@ -110,8 +112,8 @@ def fit_threshold(values: Tensor, levels: LevelSet, *, signed: bool) -> float:
 def fit_weight_threshold(layer: QuantConv2d | QuantLinear) -> None:
     """Set a layer's weight thresholds, of the layer or of each channel, to those of least squared error, in place.
 
-    A layer without one, or whose threshold is not learned, is left as it is. About 1,000 evenly taken values stand for
-    a channel's.
+    A layer without one, or whose threshold is not learned, is left as it is. About 1,000 values taken at random stand
+    for a channel's.
     """
     if layer.weight_alpha is None or not layer.spec.weight_alpha_learned:
         return
@@ -119,20 +121,27 @@ def fit_weight_threshold(layer: QuantConv2d | QuantLinear) -> None:
     if not layer.weight_alpha.dim():
         layer.weight_alpha.fill_(fit_threshold(w, levels, signed=True))
         return
-    rows = w.flatten(1)
-    layer.weight_alpha.copy_(_fit_rows(rows[:, :: max(1, rows.shape[1] // _FIT_CHANNEL_SAMPLES)].float(), levels))
+    layer.weight_alpha.copy_(_fit_rows(sample_columns(w.flatten(1), _FIT_CHANNEL_SAMPLES).float(), levels))
 
 
 def _fit_rows(values_CK: Tensor, levels: LevelSet) -> Tensor:
     # the threshold of each row, (C,)
     largest_C = values_CK.abs().amax(1)
-    candidates_SC = torch.linspace(1 / _FIT_STEPS, 1, _FIT_STEPS, device=values_CK.device)[:, None] * largest_C
+    coarse_S = torch.logspace(math.log10(_FIT_RANGE[0]), math.log10(_FIT_RANGE[1]), _FIT_STEPS, device=values_CK.device)
+    best_C = _best_of(values_CK, coarse_S[:, None] * largest_C, levels)
+    step = math.log10(_FIT_RANGE[1] / _FIT_RANGE[0]) / (_FIT_STEPS - 1)
+    best_C = _best_of(
+        values_CK, torch.logspace(-step, step, _FINE_STEPS, device=values_CK.device)[:, None] * best_C, levels
+    )
+    return torch.where((largest_C > 0) & largest_C.isfinite(), best_C, 1.0)
+
+
+def _best_of(values_CK: Tensor, candidates_SC: Tensor, levels: LevelSet) -> Tensor:
     errors = [
         (quantize_weight(values_CK, alpha_C, levels, clip_gradient=True) - values_CK).square().sum(1)
         for alpha_C in candidates_SC
     ]
-    best_C = candidates_SC.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
-    return torch.where((largest_C > 0) & largest_C.isfinite(), best_C, 1.0)
+    return candidates_SC.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
 
 @contextmanager

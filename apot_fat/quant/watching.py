@@ -23,8 +23,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def watch_inputs(layers: Iterable[nn.Module], look: Callable[[Any, tuple[Any, ...]], None]) -> Iterator[None]:
-    """Within the block ``look(layer, inputs)`` is called before every call of one of the layers."""
-    handles = [layer.register_forward_pre_hook(look) for layer in layers]
+    """Within the block ``look(layer, inputs)`` is called before every call of one of the layers.
+
+    Inputs given by name follow those given by place.
+    """
+
+    def before(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        look(layer, (*inputs, *named.values()))
+
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     try:
         yield
     finally:

@@ -147,3 +147,14 @@ def test_the_released_checkpoint(bits: int, reference: Path, tmp_path: Path) -> 
     assert bits != 3 or size <= 125_000
     x = torch.randn(64, 3, 32, 32)
     torch.testing.assert_close(logits(load_packed(path), x), logits(model, x), atol=0, rtol=0)
+
+
+def test_an_embedding_tied_to_a_layer_is_refused(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"tokens": nn.Embedding(7, 4), "hidden": nn.Linear(4, 4), "head": nn.Linear(4, 7)})
+    model["head"].weight = model["tokens"].weight
+    quantize(model, 4, edge_bits=8)
+    with pytest.raises(ValueError, match=r"tokens.weight and head.weight share one weight.*head.weight = nn.Parameter"):
+        save_packed(model, tmp_path / "tied.safetensors")
+    assert not list(tmp_path.iterdir())
+    model["head"].weight = nn.Parameter(model["head"].weight.detach().clone())  # type: ignore[operator]
+    save_packed(model, tmp_path / "own.safetensors")

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apot_fat import QuantConv2d, QuantLinear, dequantize, quantize, set_bits
+from apot_fat import QuantConv2d, QuantLinear, dequantize, load_weights, quantize, set_bits
+from apot_fat.data.normalization import CIFAR_APOT
 from apot_fat.models import create_model
 from apot_fat.quant import EightBitConv2d, EightBitLinear, fit_threshold, level_set, quant_layers, quantize_activation
+from apot_fat.quant.watching import watch_inputs
 
 
 class Odd(nn.Module):
@@ -88,6 +92,217 @@ def test_signed_inputs_are_found_and_never_clipped_to_zero() -> None:
         note = quantize(fresh, 3, **kwargs).rows[1].note  # type: ignore[arg-type]
         assert next(quant_layers(fresh))[1].spec.act_signed is expected
         assert "no calibration batch" in note or "by hand" in note
+
+
+class Heads(nn.Module):
+    """Two heads on one trunk that calls its convolution by keyword; and what needs no layer before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Conv2d(8, 8, 3, padding=1)
+        self.classes = nn.Conv2d(8, 5, 1)
+        self.boxes = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = F.relu(self.body(input=F.relu(self.stem(x))), inplace=True)
+        return {"classes": self.classes(x), "boxes": self.boxes(x).sigmoid()}
+
+
+class Residual(nn.Module):
+    """No head: every block's last layer reaches the output by the skip connections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = x + layer(F.relu(x))
+        return x
+
+
+def test_first_and_last_layers_are_those_that_none_comes_before_or_after() -> None:
+    x = torch.randn(4, 3, 6, 6)
+    done = quantize(heads := Heads(), 8, calibration=x)
+    assert {row.name: row.note for row in done.rows if "layer" in row.note} == {
+        "stem": "first layer",
+        "classes": "last layer",
+        "boxes": "last layer",
+    }
+    assert type(heads.body) is QuantConv2d
+    assert done.error is not None
+    assert done.error < 0.05
+    notes = [row.note for row in quantize(Residual(), 8, calibration=torch.randn(16, 6)).rows]
+    assert [note for note in notes if note.endswith("layer")] == ["first layer", "last layer"]
+    blind = Residual()
+    blind.forward = torch.no_grad()(blind.forward)  # type: ignore[method-assign]
+    notes = [row.note for row in quantize(blind, 8, calibration=torch.randn(16, 6)).rows]
+    assert [note for note in notes if note.endswith("layer")] == ["first layer", "last layer"]
+
+
+def trained_network() -> tuple[nn.Module, Tensor]:
+    """A network with batch norms whose statistics are those of its images."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16), nn.Hardswish()),
+        *(nn.Conv2d(16, 8, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10)),
+    )
+    x = torch.randn(64, 3, 8, 8)
+    for _ in range(30):
+        model(x)
+    return model.eval(), x
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(8, 0.05), (6, 0.1), (4, 0.3)])
+@pytest.mark.parametrize("method", ["apot", "uniform", "fat"])
+def test_a_network_goes_on_computing_what_it_did(method: str, bits: int, limit: float) -> None:
+    model, x = trained_network()
+    new = torch.randn(64, 3, 8, 8)
+    with torch.no_grad():
+        expected, expected_new = model(x), model(new)
+        done = quantize(model, bits, method, calibration=x)
+        got = model(x)
+        assert (model(new) - expected_new).norm() < limit * expected_new.norm()
+    error = ((got - expected).norm() / expected.norm()).item()
+    assert done.error == pytest.approx(error, rel=1e-4)
+    assert done.sqnr == pytest.approx(-20 * torch.tensor(error).log10().item(), rel=1e-4)
+    errors = [row.error for row in done.rows]
+    assert all(e is not None and e < 2 * limit for e in errors), errors
+    assert f"error {error:.3g}" in str(done)
+
+
+def test_batch_norms_move_by_what_quantization_moved() -> None:
+    model, x = trained_network()
+    before = copy.deepcopy(model)
+    quantize(model, 2, calibration=x)
+    for name, norm in before.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            means = [mean_before(network, name, x) for network in (before, model)]
+            moved = model.get_submodule(name).running_mean - norm.running_mean  # type: ignore[operator]
+            torch.testing.assert_close(moved, means[1] - means[0], rtol=1e-3, atol=1e-4)
+
+
+def mean_before(network: nn.Module, name: str, x: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    with watch_inputs([network.get_submodule(name)], lambda _, inputs: seen.append(inputs[0])):
+        network(x)
+    return seen[0].mean((0, 2, 3))
+
+
+def test_calibration_sees_all_of_an_image() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    nn.init.constant_(model[0].weight, 1.0)  # type: ignore[arg-type]
+    nn.init.constant_(model[0].bias, 0.0)  # type: ignore[arg-type]
+    x = torch.full((64, 1, 64, 64), 0.1)  # 2^20 values behind the first layer, as even a stride as there is
+    x[..., 17] = 4.0
+    quantize(model, 8, "uniform", calibration=x)
+    assert model[2].act_alpha.item() > 3  # type: ignore[operator]
+
+
+def test_calibration_comes_as_people_have_it() -> None:
+    x = torch.randn(64, 3, 8, 8)
+    labels = torch.zeros(64)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, labels), batch_size=16)
+    thresholds = []
+    model, _ = trained_network()
+    for calibration in (x, [x], loader, [(part, labels) for part in x.split(16)], iter(x.split(16))):
+        network = copy.deepcopy(model)
+        done = quantize(network, 8, calibration=calibration)
+        thresholds.append(dict(quant_layers(network))["3"].act_alpha.item())  # type: ignore[union-attr]
+        assert done.error is not None
+        assert done.error < 0.05
+    assert thresholds == pytest.approx([thresholds[0]] * 5, rel=0.05)
+
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+
+        def forward(self, *, tokens: Tensor) -> Tensor:
+            return self.layers(tokens)
+
+    assert quantize(Keywords(), 8, calibration=[{"tokens": torch.randn(32, 4)}]).error is not None
+    with pytest.raises(ValueError, match="calibration: no batch"):
+        quantize(Keywords(), 8, calibration=[])
+
+
+def test_an_encoder_layer_runs_quantized_in_evaluation_too() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    model = nn.Sequential(nn.Linear(8, 16), encoder, nn.Linear(16, 4))
+    x = torch.randn(8, 5, 8)
+    done = quantize(model, 3, calibration=x)
+    assert {"1.layers.0.linear1", "1.layers.1.linear2"} <= set(done.converted)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), model.train()(x))
+
+
+class ReadsWeights(nn.Module):
+    """Calls its layer only while somebody looks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) if layer._forward_pre_hooks else F.linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+        return x
+
+
+def test_what_would_not_run_quantized_is_an_error_or_left() -> None:
+    model = ReadsWeights()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"ReadsWeights: layer 'layers.0', .* exclude=\['layers.0', 'layers.1'"):
+        quantize(model, 4, calibration=torch.randn(16, 4))
+    assert all(type(layer) is nn.Linear for layer in model.layers)
+    assert before.keys() == model.state_dict().keys()
+    plain = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    plain[1].forward = plain[1].forward
+    done = quantize(plain, 4, calibration=torch.randn(16, 4))
+    assert {row.name: row.note for row in done.rows}["1"].startswith("its forward was replaced")
+    assert "1" in done.left
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "resnet_20"])
+def test_our_own_networks_go_through_as_they_are(arch: str) -> None:
+    model = create_model(arch, bits=32, num_classes=4).eval()
+    x = torch.randn(16, 3, 16, 16)
+    expected = model(x)
+    done = quantize(model, 8, "apot", calibration=x)
+    assert type(model.conv1) is EightBitConv2d
+    assert len(done.converted) == 22
+    signed = {layer.spec.act_signed for _, layer in quant_layers(model)}
+    assert signed == {False}
+    assert (model(x) - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "bits", "at_least"),
+    [
+        *(("apot", 8, 956), ("apot", 6, 950), ("apot", 4, 900), ("apot", 3, 880)),
+        *(("uniform", 8, 950), ("uniform", 6, 945), ("uniform", 4, 900), ("uniform", 3, 870)),
+        *(("fat", 8, 945), ("fat", 6, 945), ("fat", 4, 900), ("fat", 3, 870)),
+    ],
+)
+def test_the_released_network_keeps_its_accuracy(method: str, bits: int, at_least: int, reference: Path) -> None:
+    model = create_model("resnet20", bits=32)
+    load_weights(model, reference / "reference/released/res20_32bit/model_best.pth.tar")
+    mean, std = (torch.tensor(channels).view(3, 1, 1) for channels in CIFAR_APOT)
+    images, labels = {}, {}
+    for part in ("train", "test"):
+        with np.load(reference / f"data/cifar10_lossless_{part}.npz") as content:
+            images[part] = (torch.from_numpy(content["images"]).float() / 255 - mean) / std
+            labels[part] = torch.from_numpy(content["labels"])
+    quantize(model, bits, method, calibration=images["train"][:500])
+    with torch.inference_mode():
+        correct = int((model.eval()(images["test"]).argmax(1) == labels["test"]).sum())
+    print(f"{method}, {bits} bits, calibrated: {correct} of 1,017")
+    assert correct >= at_least
 
 
 def test_overrides_exclusions_and_set_bits() -> None:
