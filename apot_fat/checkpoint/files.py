@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import os
@@ -58,6 +59,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def write_checkpoint(content: dict[str, Any], path: str | os.PathLike[str], *, keep_before: bool = False) -> None:
     """Write a checkpoint with its checksum atomically: to a temporary file beside it, read back, then renamed.
 
+    Its tensors are written as those of a CPU, so that ``torch.load`` reads it on any machine.
+
     Args:
         content: tensors and plain values.
         path: the file.
@@ -67,6 +70,7 @@ def write_checkpoint(content: dict[str, Any], path: str | os.PathLike[str], *, k
         OSError: it cannot be written; what was there stays.
     """
     path = Path(path)
+    content = _on_cpu(content)
     buffer = io.BytesIO()
     torch.save({**content, _CHECKSUM: checksum(content)}, buffer)
     size = buffer.tell()
@@ -114,6 +118,16 @@ def checksum(content: Any) -> str:
     digest = hashlib.sha256()
     _digest(content, digest.update)
     return digest.hexdigest()
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value if value.device.type == "cpu" else value.detach().cpu()
+    if isinstance(value, dict):
+        moved = copy.copy(value)  # a state dict remembers the versions of its modules
+        moved.update((key, _on_cpu(item)) for key, item in value.items())
+        return moved
+    return type(value)(map(_on_cpu, value)) if type(value) in (list, tuple) else value
 
 
 def _digest(value: Any, update: Callable[[Any], None]) -> None:

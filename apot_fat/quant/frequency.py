@@ -69,9 +69,9 @@ def _transform_backward(
     grad_OK: Tensor, half_OF: Tensor, mask_OF: Tensor, transform_OO: Tensor, length: int
 ) -> tuple[Tensor, Tensor]:
     twice_F = torch.full((half_OF.shape[1],), 2.0, dtype=mask_OF.dtype, device=mask_OF.device)
-    twice_F[0] = 1
+    twice_F[:1].fill_(1)
     if length % 2 == 0:
-        twice_F[-1] = 1
+        twice_F[-1:].fill_(1)
     grad_spectrum_OF = torch.fft.rfft(grad_OK)
     grad_mask_OF = (half_OF * grad_spectrum_OF.conj()).real * (twice_F / length)
     grad_score_OF = grad_mask_OF * mask_OF * (1 - mask_OF)

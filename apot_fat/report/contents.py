@@ -22,7 +22,6 @@ from apot_fat.report.subject import Images, Subject, input_shape, load_images
 from apot_fat.training.environment import environment
 
 MOST_EPOCHS = 100  # of thresholds over time: every layer's, so thinned out
-BATCH = 100
 PALETTES = ("fp32", "apot", "fat", "uniform", "lsq", "pact")
 _METHOD_NAMES = {"apot": "APoT", "fat": "FAT", "lsq": "LSQ", "pact": "PACT"}
 
@@ -77,7 +76,7 @@ def build_report(
     offsets = _offsets(subjects)
     runs = []
     for run, subject in enumerate(subjects):
-        images = load_images(subject, data, image_size, BATCH)
+        images = load_images(subject, data, image_size)
         shape = input_shape(subject, images, image_size)
         cost = cost_report(subject.model, shape)
         batch = images.batch if isinstance(images, Images) else None

@@ -21,7 +21,13 @@ from apot_fat.checkpoint import (
 )
 from apot_fat.models import find_architecture
 from apot_fat.quant.spec import FLOAT_BITS
-from apot_fat.training.build import create_network, created_config, load_config_dataset, make_batches
+from apot_fat.training.build import (
+    create_network,
+    created_config,
+    load_config_dataset,
+    make_batches,
+    sample_images,
+)
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.folder import BEST, LAST, best_index, read_run, recorded_shape, run_config
 from apot_fat.training.loop import Result, evaluate
@@ -71,7 +77,7 @@ class Images:
 
     Args:
         name: what they are called.
-        batch: the first test images, normalised, (N, C, H, W).
+        batch: a few, the first test images, normalised, (N, C, H, W).
         result: the network's accuracy on all of them; None unless asked for.
     """
 
@@ -105,14 +111,13 @@ def load_subjects(path: Path, group: int = 0, **given: Any) -> list[Subject]:
     return [_packed(path, group) if path.suffix == PACKED_SUFFIX else _checkpoint(path, group, given)]
 
 
-def load_images(subject: Subject, data: str | None, image_size: int | None, limit: int) -> Images | str:
+def load_images(subject: Subject, data: str | None, image_size: int | None) -> Images | str:
     """Test images for a network: those named, else those its run names if they are at hand. Nothing is downloaded.
 
     Args:
         subject: the network.
         data: as ``--data``; then its accuracy on all of them is measured too.
         image_size: height and width they are brought to, pixels.
-        limit: images of the batch.
 
     Returns:
         The images, or the reason there are none, as a sentence.
@@ -127,7 +132,7 @@ def load_images(subject: Subject, data: str | None, image_size: int | None, limi
         return "No images: this file names none. Name some with --data."
     elif not _at_hand(config):
         return f"No images: the run's data ({config.data}) are not at hand. Name some with --data."
-    config = replace(config, image_size=image_size or config.image_size, test_batch_size=limit, workers=0)
+    config = replace(config, image_size=image_size or config.image_size, workers=0)
     try:
         dataset = load_config_dataset(config, need_train=False)
     except ValueError:
@@ -135,7 +140,7 @@ def load_images(subject: Subject, data: str | None, image_size: int | None, limi
             raise
         return f"No images: the run's data ({config.data}) cannot be read any more. Name some with --data."
     device = torch.device("cpu")
-    batch = next(iter(make_batches(config, dataset.test, device)))[0][:limit]
+    batch = sample_images(config, dataset.test, device)
     if data is None:
         return Images(dataset.name, batch, None)
     outputs = num_outputs(subject.model.state_dict(), str(subject.path))

@@ -27,6 +27,7 @@ from apot_fat.data import (
 )
 from apot_fat.models import create_model
 from apot_fat.quant.layers import quant_layers
+from apot_fat.quant.measure import MOST_IMAGES
 from apot_fat.quant.thresholds import initialize_thresholds
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.distributed import in_turns, launched
@@ -35,7 +36,6 @@ from apot_fat.training.loop import autocast
 from apot_fat.training.objective import Objective
 from apot_fat.training.teacher import load_teacher, teacher_path
 
-SAMPLE_IMAGES = 16
 FILE_SIZE = 224
 """Height and width that image files are brought to, pixels."""
 
@@ -94,8 +94,8 @@ def make_batches(
 
 def sample_images(config: TrainConfig, images: ImageSet | FileSet, device: torch.device) -> Tensor:
     """A few images as the network takes them, the first of a set: what layers are looked at with."""
-    few = images.subset(torch.arange(min(len(images), SAMPLE_IMAGES)))
-    return next(iter(make_batches(replace(config, workers=0, test_batch_size=SAMPLE_IMAGES), few, device))).x
+    few = images.subset(torch.arange(min(len(images), MOST_IMAGES)))
+    return next(iter(make_batches(replace(config, workers=0, test_batch_size=MOST_IMAGES), few, device))).x
 
 
 def default_workers() -> int:

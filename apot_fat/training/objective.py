@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from apot_fat.data.sharding import Batch
 from apot_fat.quant.fake_quant import positive
+from apot_fat.quant.kernels import along_rows
 from apot_fat.quant.layers import quant_layers
 
 
@@ -126,7 +127,7 @@ def distance_to_levels(model: nn.Module) -> Tensor:
             continue
         with torch.no_grad():
             q = layer.quantized_weight()
-            alpha = positive(layer.weight_alpha)
+            alpha = along_rows(positive(layer.weight_alpha), q.dim())
         w = layer.transformed_weight()
         distances.append((q - w.clamp(-alpha, alpha)).square().sum())
     return torch.stack(distances).sum() if distances else torch.zeros((), device=next(model.parameters()).device)

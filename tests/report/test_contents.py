@@ -15,7 +15,7 @@ from apot_fat import clipping_table, weight_deactivate_freq
 from apot_fat.checkpoint import read_checkpoint
 from apot_fat.quant import QuantConv2d, QuantLinear, preset
 from apot_fat.quant.layers import normalize_weight, quant_layers
-from apot_fat.quant.measure import measure_input, measure_weight
+from apot_fat.quant.measure import MOST_IMAGES, measure_input, measure_weight
 from apot_fat.report import cost_report
 from apot_fat.report.contents import Report, build_report
 from apot_fat.report.subject import Images, input_shape, load_images, load_subjects
@@ -123,9 +123,9 @@ def test_weights_by_direct_counting(demo: Demo, run: int) -> None:
 
 def test_inputs_of_a_batch(demo: Demo, shared_npz: tuple[Path, Path]) -> None:
     subject = demo.report.subjects[FAT]
-    images = load_images(subject, None, None, 100)
+    images = load_images(subject, None, None)
     assert isinstance(images, Images)
-    assert len(images.batch) == 21
+    assert len(images.batch) == MOST_IMAGES
     name = "layer2.1.conv2"
     layer = subject.model.get_submodule(name)
     seen: list[torch.Tensor] = []
@@ -186,11 +186,11 @@ def test_what_cannot_be_shown_is_said(demo: Demo, tmp_path: Path) -> None:
     gone = replace(
         demo.report.subjects[FAT], config=replace(demo.report.subjects[FAT].config, data=str(tmp_path / "no"))
     )
-    missing = load_images(gone, None, None, 10)
+    missing = load_images(gone, None, None)
     assert "not at hand" in str(missing)
     assert input_shape(gone, missing, None) == gone.shape == (3, 8, 8)
     with pytest.raises(ValueError, match="no data set"):
-        load_images(gone, "absent", None, 10)
+        load_images(gone, "absent", None)
 
 
 def test_a_packed_file_lands_on_the_levels_of_its_network(demo: Demo) -> None:
@@ -207,7 +207,7 @@ def test_accuracy_is_measured_on_named_images(demo: Demo, shared_npz: tuple[Path
     (run,) = build_report(load_subjects(path), data=str(shared_npz[1])).data["runs"]
     assert run["measured"] == pytest.approx(run["best"], rel=1e-5)  # the run's own test images
     assert run["correct"] == round(run["measured"] * 0.21)
-    assert (run["images"], run["batch"]) == (21, 21)
+    assert (run["images"], run["batch"]) == (21, MOST_IMAGES)
 
 
 def test_a_released_checkpoint(reference: Path) -> None:
