@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import statistics
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -49,12 +50,20 @@ NETWORKS = {
 }
 # FAT's products with a (4096, 4096) transform take minutes here
 EXCLUDED = {("vgg11_bn", "fat"): ["classifier.*"]}
-SMALL = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "timm vit_tiny")
-ALL = [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in NETWORKS]
+IN_THE_SUITE = (
+    ("resnet18", "apot"),
+    ("mobilenet_v3_small", "fat"),
+    ("shufflenet_v2_x1_0", "apot"),
+    ("timm vit_tiny", "apot"),
+)
+ALL = [
+    pytest.param(name, method, marks=() if (name, method) in IN_THE_SUITE else pytest.mark.slow)
+    for name in NETWORKS
+    for method in ("apot", "fat")
+]
 
 
-@pytest.mark.parametrize("method", ["apot", "fat"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "method"), ALL)
 def test_a_network_is_converted_trained_and_packed(name: str, method: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -85,3 +94,71 @@ def test_a_network_is_converted_trained_and_packed(name: str, method: str, tmp_p
     left = Counter(row.note for row in done.rows if not row.is_quantized)
     full = 4 * sum(parameter.numel() for parameter in float_network.parameters())
     print(f"\n{name} | {method} | {len(done.converted)} | {dict(left) or 'nothing'} | {size / full:.3f} | {report}")
+
+
+class LanguageBlock(nn.Module):
+    """Tokens through a causal transformer block to logits, the embedding not tied to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(97, 32)
+        self.block = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=True)
+        self.head = nn.Linear(32, 97)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        length = tokens.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length)
+        x: torch.Tensor = self.head(self.block(self.embedding(tokens), src_mask=mask, is_causal=True))
+        return x
+
+
+class Detector(nn.Module):
+    """What a detector's heads say of every anchor, before boxes are chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        detector = torchvision.models.detection.ssdlite320_mobilenet_v3_large(
+            weights=None, weights_backbone=None, num_classes=5
+        )
+        self.backbone, self.head = detector.backbone, detector.head
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        heads: dict[str, torch.Tensor] = self.head(list(self.backbone(images).values()))
+        return heads
+
+
+def eight_bit_error(name: str, method: str) -> float:
+    """Relative error of a network's output on the inputs it was calibrated with."""
+    torch.manual_seed(0)
+    model: nn.Module
+    if name == "language block":
+        inputs, model = torch.randint(97, (16, 24)), LanguageBlock()
+    elif name == "detector":
+        inputs, model = torch.randn(4, 3, 128, 128), Detector()
+    else:
+        inputs, model = torch.randn(8, 3, 64, 64), NETWORKS[name]()
+        head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+        if head and not head[0].weight.any():
+            nn.init.normal_(head[0].weight, std=0.05)
+    error = quantize(model.eval(), 8, method, calibration=inputs).error
+    assert error is not None
+    print(f"\n{name} | {method} | 8 bits, calibrated: error {error:.3f}")
+    return error
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "language block"])
+def test_at_eight_bits_a_network_computes_what_it_did(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert eight_bit_error(name, "apot") <= 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["apot", "uniform"])
+def test_at_eight_bits_every_network_computes_what_it_did(method: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        errors = [eight_bit_error(name, method) for name in (*NETWORKS, "language block", "detector")]
+    print(f"{method}: largest {max(errors):.3f}, median {statistics.median(errors):.3f}")
+    assert max(errors) <= 0.1
+    assert statistics.median(errors) <= 0.05

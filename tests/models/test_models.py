@@ -12,8 +12,16 @@ ALTERNATING = {2: "apot", 3: "fat", 4: "fat", 5: "apot", 32: "apot"}
 SIDES = {"vgg_small": 32, "vgg16": 32}
 
 
-@pytest.mark.parametrize("bits", ALTERNATING)
-@pytest.mark.parametrize("name", list_models())
+# the deepest are the same blocks again
+DEEP = ("resnet101", "resnet152", "resnet110")
+EVERY = [
+    pytest.param(name, bits, marks=pytest.mark.slow if name in DEEP and bits != 4 else ())
+    for name in list_models()
+    for bits in ALTERNATING
+]
+
+
+@pytest.mark.parametrize(("name", "bits"), EVERY)
 def test_every_network(name: str, bits: int) -> None:
     where = "cifar" if find_architecture(name).dataset == "cifar10" else "imagenet"
     method = "apot" if name in ("resnet101", "resnet152") else ALTERNATING[bits]  # resnet50's twins: FAT takes long

@@ -15,8 +15,8 @@ from apot_fat.training.compile import compile_network
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def network() -> nn.Module:
-    conv = QuantConv2d(3, 4, 3, spec=preset("apot-cifar", bits=3))
+def network(bits: int = 3) -> nn.Module:
+    conv = QuantConv2d(3, 4, 3, spec=preset("apot-cifar", bits=bits))
     return nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
 
 
@@ -50,10 +50,12 @@ def test_each_size_of_batch_has_a_graph_of_its_own(compilations: list[Any]) -> N
     assert all(type(size) is int for size in sizes)
 
 
-def test_stages_of_a_chain_do_not_use_up_the_compilers_limit(compilations: list[Any]) -> None:
-    torch._dynamo.config.recompile_limit = 1
-    for _ in range(4):
-        model = compile_network(network(), "model", CPU)
+@pytest.mark.usefixtures("compilations")
+def test_stages_of_a_chain_do_not_use_up_the_compilers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_compile, "_GRAPHS", 4)  # those of a stage
+    torch._dynamo.config.recompile_limit = 4
+    for bits in (4, 3):
+        model = compile_network(network(bits), "model", CPU)
         for size in (8, 3):
             for training in (True, False):
                 model.train(training)
