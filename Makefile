@@ -25,7 +25,7 @@ figures: demo
 	$(BIN)/python scripts/sweep.py --table checkpoints/cifar10_ablation.csv --figure .github/ablation.png > /dev/null
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)
