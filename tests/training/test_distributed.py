@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +178,12 @@ def test_torchrun_trains_a_chain_and_writes_once(tmp_path: Path) -> None:
     assert alone.loss == pytest.approx(content["history"][0]["test_loss"], rel=1e-4)
 
 
-def test_a_signal_to_one_process_ends_all_within_a_few_steps_and_they_go_on(tmp_path: Path) -> None:
-    line = command_line(tmp_path / "out", epochs=300, batch_size=16, print_freq=1)
+@contextmanager
+def two_processes(line: list[object], until: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A run of two processes that has printed a line so far, and the numbers of its processes; ended with the block."""
     with subprocess.Popen(
         torchrun(2, *line),
-        cwd=tmp_path,
+        cwd=cwd,
         env={**SINGLE, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -189,14 +192,21 @@ def test_a_signal_to_one_process_ends_all_within_a_few_steps_and_they_go_on(tmp_
     ) as launched:
         try:
             assert launched.stdout is not None
-            next(line for line in launched.stdout if "Epoch: [0][3/" in line)
+            next(printed for printed in launched.stdout if printed.startswith(until))
             children = subprocess.run(["pgrep", "-P", str(launched.pid)], capture_output=True, text=True, check=True)
-            os.kill(int(children.stdout.split()[0]), signal.SIGTERM)  # the first, which logs
-            rest = launched.stdout.read()
-            launched.wait(timeout=60)
+            yield launched, [int(number) for number in children.stdout.split()]
         finally:
             if launched.poll() is None:
                 os.killpg(launched.pid, signal.SIGKILL)
+
+
+def test_a_signal_to_one_process_ends_all_within_a_few_steps(tmp_path: Path) -> None:
+    line = command_line(tmp_path / "out", epochs=300, batch_size=16, print_freq=1)
+    with two_processes(line, "Epoch: [0][3/", tmp_path) as (launched, children):
+        os.kill(children[0], signal.SIGTERM)  # the first, which logs
+        assert launched.stdout is not None
+        rest = launched.stdout.read()
+        launched.wait(timeout=60)
     assert "SIGTERM: saved in" in rest
     after = rest[rest.index("SIGTERM: finishing this step") :]
     assert after.count("Epoch: [") <= 2 * CHECK_EVERY
@@ -206,26 +216,11 @@ def test_a_signal_to_one_process_ends_all_within_a_few_steps_and_they_go_on(tmp_
 
 
 def test_the_run_ends_when_a_process_is_killed(tmp_path: Path) -> None:
-    with subprocess.Popen(
-        torchrun(2, *command_line(tmp_path / "out", epochs=500)),
-        cwd=tmp_path,
-        env={**SINGLE, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    ) as launched:
-        try:
-            assert launched.stdout is not None
-            next(line for line in launched.stdout if line.startswith("best acc"))
-            children = subprocess.run(["pgrep", "-P", str(launched.pid)], capture_output=True, text=True, check=True)
-            start = time.monotonic()
-            os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-            assert launched.wait(timeout=60) != 0
-            assert time.monotonic() - start < 60
-        finally:
-            if launched.poll() is None:
-                os.killpg(launched.pid, signal.SIGKILL)
+    with two_processes(command_line(tmp_path / "out", epochs=500), "best acc", tmp_path) as (launched, children):
+        start = time.monotonic()
+        os.kill(children[-1], signal.SIGKILL)
+        assert launched.wait(timeout=60) != 0
+        assert time.monotonic() - start < 60
 
 
 def test_the_switches_under_two_processes_are_those_of_one(tmp_path: Path, tiny_npz: tuple[Path, Path]) -> None:
