@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from apot_fat.quant.sampling import sample
 from apot_fat.quant.thresholds import FIT_SAMPLES
-from apot_fat.quant.watching import evaluation_mode, watch_inputs
+from apot_fat.quant.watching import evaluation_mode, watch_inputs, watch_outputs
 from apot_fat.text import one_line
 
 _OUTPUT_SAMPLES = 1 << 14
@@ -110,7 +109,13 @@ def watch_layers(model: nn.Module, layers: Mapping[str, nn.Module], batches: lis
         watch_inputs(_batch_norms(model), note_statistics),
     ):
         for batch in batches:
-            with _watch_outputs(layers) as given:
+            given: dict[str, Tensor] = {}
+
+            def note_output(module: nn.Module, output: Any, given: dict[str, Tensor] = given) -> None:
+                if names[id(module)] not in given and isinstance(output, Tensor):
+                    given[names[id(module)]] = sample(output, _OUTPUT_SAMPLES).clone()
+
+            with watch_outputs(layers.values(), note_output):
                 outputs.append(_some_of(run_batch(model, batch)))
             for name, output in given.items():
                 if name in seen:
@@ -157,23 +162,6 @@ def _batch_norms(model: nn.Module) -> list[nn.Module]:
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     values_CN = x.detach().float().transpose(0, 1).flatten(1)
     return values_CN.mean(1), values_CN.var(1, correction=0)
-
-
-@contextmanager
-def _watch_outputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    given: dict[str, Tensor] = {}
-    names = {id(module): name for name, module in layers.items()}
-
-    def look(module: nn.Module, _: Any, output: Any) -> None:
-        if names[id(module)] not in given and isinstance(output, Tensor):
-            given[names[id(module)]] = sample(output, _OUTPUT_SAMPLES).clone()
-
-    handles = [module.register_forward_hook(look) for module in layers.values()]
-    try:
-        yield given
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -232,16 +220,16 @@ def first_and_last(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any
             if isinstance(x, Tensor):
                 found |= _marks_behind(x)
 
-    def mark(module: nn.Module, _: Any, output: Any) -> Any:
-        return _Mark.apply(output, anchor, names[id(module)]) if isinstance(output, Tensor) else output
+    def mark(module: nn.Module, output: Any) -> Any:
+        return _Mark.apply(output, anchor, names[id(module)]) if isinstance(output, Tensor) else None
 
-    handles = [module.register_forward_hook(mark) for module in layers.values()]
-    try:
-        with torch.enable_grad(), evaluation_mode(model), watch_inputs(layers.values(), look):
-            run_batch(model, few)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        torch.enable_grad(),
+        evaluation_mode(model),
+        watch_inputs(layers.values(), look),
+        watch_outputs(layers.values(), mark),
+    ):
+        run_batch(model, few)
     first = {name for name, marks in before.items() if not marks}
     last = before.keys() - set().union(*before.values())
     # a network, or a part of it, that runs without gradients shows layers with none before and none after

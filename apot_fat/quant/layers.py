@@ -254,10 +254,13 @@ class _QuantLayer(_KeepsWeight):
 
     def transformed_weight(self) -> Tensor:
         """The weight just before projection: normalised, and with FAT transformed. Shape of ``weight``."""
+        w = normalize_weight(self.weight, self.spec)
         if self.transform is None:
-            return normalize_weight(self.weight, self.spec)
-        w = frequency_transform(self.weight_to_transform(), self.transform)[0]
-        return w if self.spec.weight_norm != "none" else w * _deviation(self.weight)
+            return w
+        if self.spec.weight_norm != "none":
+            return frequency_transform(w, self.transform)[0]
+        deviation = _deviation(w)
+        return frequency_transform(w / deviation, self.transform)[0] * deviation
 
     def weight_to_transform(self) -> Tensor:
         """What FAT's transform takes: the normalised weight; one that is not normalised in units of its deviation.
@@ -265,7 +268,7 @@ class _QuantLayer(_KeepsWeight):
         The mask depends on the scale of the spectrum. Such a weight gets its scale, a constant for the gradient, back.
         """
         w = normalize_weight(self.weight, self.spec)
-        return w if self.spec.weight_norm != "none" else w / _deviation(self.weight)
+        return w if self.spec.weight_norm != "none" else w / _deviation(w)
 
     def quantized_weight(self) -> Tensor:
         """The weight the layer computes with: α times a level; at 32 bits the weight itself. Shape of ``weight``."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
@@ -31,7 +32,22 @@ def watch_inputs(layers: Iterable[nn.Module], look: Callable[[Any, tuple[Any, ..
     def before(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         look(layer, (*inputs, *named.values()))
 
-    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    with _removed([layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]):
+        yield
+
+
+@contextmanager
+def watch_outputs(layers: Iterable[nn.Module], look: Callable[[Any, Any], Any]) -> Iterator[None]:
+    """Within the block ``look(layer, output)`` is called after every call of one of the layers.
+
+    What it returns, unless None, takes the output's place.
+    """
+    with _removed([layer.register_forward_hook(lambda layer, _, output: look(layer, output)) for layer in layers]):
+        yield
+
+
+@contextmanager
+def _removed(handles: list[RemovableHandle]) -> Iterator[None]:
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from apot_fat.quant.watching import watch_outputs
 from apot_fat.training.readback import CHECK_EVERY, LateRead
 
 FP16_SEARCH = 32
@@ -137,28 +138,20 @@ def _first_non_finite(model: nn.Module, x: Tensor, *, later: bool) -> str:
     if not x.isfinite().all():
         return "the images are not finite"
     found: list[str] = []
-
-    def note(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(module: nn.Module, _: object, output: object) -> None:
-            if not found and isinstance(output, Tensor) and not output.isfinite().all():
-                alphas = (
-                    ("weight", getattr(module, "weight_alpha", None)),
-                    ("activation", getattr(module, "act_alpha", None)),
-                )
-                said = [f", {side} alpha {alpha.mean().item():.4g}" for side, alpha in alphas if alpha is not None]
-                found.append(name + "".join(said))
-
-        return hook
-
     plain = model.module if isinstance(model, DistributedDataParallel) else model
-    leaves = [(name, module) for name, module in plain.named_modules() if not list(module.children())]
-    handles = [module.register_forward_hook(note(name)) for name, module in leaves]
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            plain(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    names = {module: name for name, module in plain.named_modules() if not list(module.children())}
+
+    def look(module: nn.Module, output: object) -> None:
+        if not found and isinstance(output, Tensor) and not output.isfinite().all():
+            alphas = (
+                ("weight", getattr(module, "weight_alpha", None)),
+                ("activation", getattr(module, "act_alpha", None)),
+            )
+            said = [f", {side} alpha {alpha.mean().item():.4g}" for side, alpha in alphas if alpha is not None]
+            found.append(names[module] + "".join(said))
+
+    with torch.compiler.set_stance("force_eager"), watch_outputs(list(names), look):
+        plain(x)
     if found:
         return f"the first layer whose output is not finite is {found[0]}"
     if later:
