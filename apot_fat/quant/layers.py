@@ -80,9 +80,10 @@ class _Kept(NamedTuple, Generic[T]):
 class _KeepsWeight(nn.Module):
     """A layer that computes its quantized weight once in evaluation and keeps it while what it is made of stays.
 
-    Kept only in evaluation mode and where no gradient can flow; given up on ``train()``, ``eval()``, ``to()`` and on
-    any change that a tensor's version counter shows (optimizer steps, ``load_state_dict``, in-place writes). A write
-    through ``.data`` shows nowhere: call ``eval()`` after it. Neither saved nor copied.
+    Kept only in evaluation mode and where no gradient can flow; given up on ``train()``, ``eval()``, ``to()``, where a
+    gradient can flow (an optimizer's step may follow) and on any change that a tensor's version counter shows
+    (``load_state_dict``, in-place writes). A write through ``.data`` shows nowhere: call ``eval()`` after it. Neither
+    saved nor copied.
     """
 
     _kept: _Kept[Tensor] | None = None
@@ -111,6 +112,8 @@ class _KeepsWeight(nn.Module):
 
     def _keep_weight(self, sources: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
         needs_gradient = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+        if needs_gradient and not torch.compiler.is_compiling():
+            self._give_up_kept()  # the step of a fused optimizer shows in no version counter
         if self.training or needs_gradient:
             return compute()
         if torch.compiler.is_compiling():

@@ -222,16 +222,22 @@ def test_a_compiled_network_takes_kept_weights_only_while_they_are_current() -> 
             assert not torch.allclose(graph(x), inside)
 
 
-def test_a_network_evaluates_alike_before_and_after_training() -> None:
-    model = create_model("resnet20", "apot-cifar", 4)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+@pytest.mark.parametrize("fused", [False, True])  # which no version counter shows
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_network_evaluates_alike_before_and_after_training(mode: bool, fused: bool) -> None:
+    model = create_model("resnet20", "apot-cifar", 4).eval()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, fused=fused)
     x = torch.randn(4, 3, 8, 8)
     with torch.inference_mode():
-        before = model.eval()(x)
-    model.train()(x).square().sum().backward()
+        before = model(x)
+    if mode:
+        model.train()
+    model(x).square().mean().backward()
     optimizer.step()
+    if mode:
+        model.eval()
     with torch.inference_mode():
-        after = model.eval()(x)
+        after = model(x)
         fresh = copy.deepcopy(model)(x)
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, fresh, atol=0, rtol=0)
