@@ -12,9 +12,11 @@ from typing import Any
 
 from apot_fat.checkpoint import atomic_write
 from apot_fat.optional import needed_for
+from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.report.contents import Report
 
 HEIGHT = 260  # pixels
+_NAMES_HEIGHT = 140  # of layers, upright
 MOST_POINTS = 40  # epochs of a run whose points are drawn on its line
 MOST_RULES = 64  # levels that can be told apart under a histogram
 LIGHT = {
@@ -59,6 +61,7 @@ class Chart:
         tables: the tables of ``Report.data`` whose rows it draws.
         needs: columns of which a row must fill one to be drawn.
         side: ``weight`` or ``input`` to draw only the rows of that side.
+        run: to draw only the rows of this network.
         scope: ``all`` for every run and layer, ``layer`` for one layer of every run, ``one`` for one layer of one run.
         note: which of a run's notes says why it may be empty.
     """
@@ -70,6 +73,7 @@ class Chart:
     tables: tuple[str, ...]
     needs: tuple[str, ...]
     side: str | None = None
+    run: int | None = None
     scope: str = "all"
     note: str | None = None
 
@@ -79,7 +83,9 @@ def make_charts(report: Report) -> list[Chart]:
     longest = max(run["epochs"] or 0 for run in report.data["runs"])
     points = longest <= MOST_POINTS
     parts = _PARTS if any(report.data["epochs"].get("val_top1", ())) else {k: _PARTS[k] for k in ("test", "train")}
-    charts = [_curves("error", parts, points), _curves("loss", parts, points), _accuracy("bits"), _accuracy("size")]
+    alike = not any(run["bits_differ"] or run["input_bits_text"] for run in report.data["runs"])
+    charts = [_curves("error", parts, points), _curves("loss", parts, points)]
+    charts += [_accuracy("bits", alike), _accuracy("size", alike), *_bits_by_layer(report)]
     charts += [_thresholds_over_time("weight", points), _thresholds_over_time("act", points)]
     charts += [_thresholds_by_layer(), _sqnr_by_layer()]
     charts += [_histogram("weight"), _shares("weight"), _histogram("input"), _shares("input"), _spectrum(), _mask()]
@@ -143,6 +149,7 @@ def rows_of(report: Report, chart: Chart) -> list[dict[str, Any]]:
         rows = [{"run": run["id"], **{k: v for k, v in run.items() if k not in left_out}} for run in runs]
     else:
         rows = [row for table in chart.tables for row in report.rows(table)]
+    rows = [row for row in rows if chart.run is None or row["run"] == chart.run]
     rows = [row for row in rows if chart.side is None or row["side"] == chart.side]
     return [row for row in rows if any(row.get(name) is not None for name in chart.needs)]
 
@@ -254,11 +261,12 @@ def _curves(what: str, parts: dict[str, str], points: bool) -> Chart:
     )
 
 
-def _accuracy(against: str) -> Chart:
+def _accuracy(against: str, alike: bool) -> Chart:
+    # alike: each network has one number of bits, for weights and inputs
     x: dict[str, Any] = {
         "field": "bits",
         "type": "ordinal",
-        "title": "bits of weights and activations",
+        "title": "bits of weights and activations" if alike else "bits of weights, the mean where layers differ",
         "axis": {"labelAngle": 0},
     }
     words = "bits"
@@ -277,7 +285,7 @@ def _accuracy(against: str) -> Chart:
     ]
     tips = [
         _RUN_TIP,
-        _tip("bits", "bits"),
+        _tip("bits_text", "bits", "nominal"),
         _tip("top1", "top-1, %", form=".2f"),
         _tip("kilobytes", "packed, kB", form=",.1f"),
     ]
@@ -354,6 +362,128 @@ def _by_layer(name: str, title: str, alt: str, parts: dict[str, str], axis: str)
     encoding = {"x": _LAYER, "y": y, "color": _COLOR, "strokeDash": dash, "tooltip": tips}
     spec = _base(transform=transform, layer=_lines(encoding, points=True))
     return Chart(name, title, alt, spec, ("layers",), tuple(parts), note="levels")
+
+
+def _bits_by_layer(report: Report) -> list[Chart]:
+    # one a network: bars of several would hide each other
+    runs = report.data["runs"]
+    mixed = [run for run in runs if run["bits_differ"]]
+    charts = []
+    for run in mixed:
+        name = f"bits-layers-{run['id'] + 1}" if len(mixed) > 1 else "bits-layers"
+        title = f"Bits of each layer of {run['label']}" if len(runs) > 1 else "Bits of each layer"
+        charts.append(_bits_of(report, run, name, title))
+    return charts
+
+
+def _bits_of(report: Report, run: dict[str, Any], name: str, title: str) -> Chart:
+    rows = report.rows("layers", run=run["id"])
+    average = f"in the average of {run['mean_bits']:.2f} bits"
+    top, has_inputs = _top(rows, run), run["input_bits_text"] is not None
+    marks = {"layer": _bits_marks(rows, average, top, has_inputs)}
+    return Chart(
+        name,
+        title,
+        _bits_text(rows, run),
+        _base(
+            transform=_bits_columns(average, top, run["packed_bytes"]),
+            layer=[marks, _bytes_points(rows)],
+            resolve={"scale": {"y": "independent"}},
+            height=HEIGHT + _NAMES_HEIGHT,
+        ),
+        ("layers",),
+        ("weight_bits",),
+        run=run["id"],
+        note="bits",
+    )
+
+
+def _bits_text(rows: list[dict[str, Any]], run: dict[str, Any]) -> str:
+    left_out = [row["weight_bits"] for row in rows if not row["quantized"]]
+    kinds = ["8-bit ends"] if any(bits != FLOAT_BITS for bits in left_out) else []
+    kinds += ["float layers (cut off at the top)"] if FLOAT_BITS in left_out else []
+    parts = ["Bars: bits of the weight of each layer, first to last"]
+    parts.append(f"{run['mean_bits']:.2f} bits a weight on average over the quantized layers")
+    parts += [f"pale and not counted in it: {' and '.join(kinds)}"] if kinds else []
+    parts += ["lines: bits of the input, none where it is float"] if run["input_bits_text"] is not None else []
+    return "; ".join([*parts, "grey points: share of the packed bytes."])
+
+
+def _top(rows: list[dict[str, Any]], run: dict[str, Any]) -> int:
+    # where the axis ends and the bars of float layers, which would dwarf the others
+    bits = [row["weight_bits"] for row in rows]
+    bits += [row["act_bits"] for row in rows if run["input_bits_text"] is not None]
+    return 1 + max(n for n in bits if n != FLOAT_BITS)
+
+
+_NOT_COUNTED = "not counted"
+
+
+def _bits_columns(average: str, top: int, packed_bytes: int) -> list[dict[str, Any]]:
+    columns = {
+        "height": f"min(datum.weight_bits, {top})",
+        "share": f"datum.packed_bytes / {packed_bytes}",
+        "counted": f"datum.quantized ? '{average}' : '{_NOT_COUNTED}'",
+    }
+    for side in ("weight", "act"):
+        columns[f"{side}_text"] = f"datum.{side}_bits == {FLOAT_BITS} ? 'float' : datum.{side}_bits"
+    return [{"calculate": formula, "as": name} for name, formula in columns.items()]
+
+
+def _by_name(rows: list[dict[str, Any]], **channels: Any) -> dict[str, Any]:
+    # encoding over the names of the layers
+    tips = [_RUN_TIP, _tip("name", "layer", "nominal"), _tip("weight_text", "weight, bits", "nominal")]
+    tips += [_tip("act_text", "input, bits", "nominal"), _tip("counted", "its bits", "nominal")]
+    tips += [_tip("weight_count", "weights", form=","), _tip("packed_bytes", "packed, bytes", form=",")]
+    tips.append(_tip("share", "packed, share", form=".2%"))
+    x = {
+        "field": "name",
+        "type": "nominal",
+        "title": "layer, in the order of definition",
+        "axis": {"labelAngle": -90, "labelOverlap": True, "grid": False},
+        "scale": {"domain": [row["name"] for row in rows]},
+    }
+    return {"x": x, "tooltip": tips, **channels}
+
+
+def _bits_marks(rows: list[dict[str, Any]], average: str, top: int, has_inputs: bool) -> list[dict[str, Any]]:
+    kinds = [average] if all(row["quantized"] for row in rows) else [average, _NOT_COUNTED]
+    opacity = {
+        "field": "counted",
+        "type": "ordinal",
+        "scale": {"domain": kinds, "range": [0.6, 0.25][: len(kinds)]},
+        "legend": {"title": None, "labelLimit": 300, "symbolFillColor": _GREY},
+    }
+    y = {
+        "type": "quantitative",
+        "title": "bits (weight bar, input line)" if has_inputs else "bits of the weight",
+        "axis": {"tickMinStep": 1},
+        "scale": {"domain": [0, top], "nice": False},
+    }
+    height = {**y, "field": "height"}
+    bars = {"mark": "bar", "encoding": _by_name(rows, y=height, color=_COLOR, opacity=opacity)}
+    words = {
+        "mark": {"type": "text", "angle": -90, "align": "right", "dx": -4, "fontSize": 10},
+        "transform": [{"filter": f"datum.weight_bits == {FLOAT_BITS}"}],
+        "encoding": _by_name(rows, y=height, text={"field": "weight_text"}),
+    }
+    lines = {
+        "mark": {"type": "tick", "thickness": 3, "opacity": 1},
+        "transform": [{"filter": f"datum.act_bits < {FLOAT_BITS}"}],
+        "encoding": _by_name(rows, y={**y, "field": "act_bits"}, color=_COLOR),
+    }
+    return [bars, words, lines] if has_inputs else [bars, words]
+
+
+def _bytes_points(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    mark = {"type": "point", "filled": True, "size": 50, "opacity": 1, "color": _GREY}
+    y = {
+        "field": "share",
+        "type": "quantitative",
+        "title": "share of packed bytes (points)",
+        "axis": {"format": "~%", "grid": False, "titleColor": _GREY, "labelColor": _GREY},
+    }
+    return {"mark": {**mark, "stroke": "white", "strokeWidth": 1}, "encoding": _by_name(rows, y=y)}
 
 
 def _thresholds_by_layer() -> Chart:

@@ -17,13 +17,14 @@ import torch
 from apot_fat.models import find_architecture
 from apot_fat.quant.measure import Distribution, LayerMeasure, measure_layers, weight_layers
 from apot_fat.quant.spec import FLOAT_BITS
+from apot_fat.report.bits import NetworkBits, network_bits, network_method
 from apot_fat.report.cost import CostReport, cost_report
 from apot_fat.report.subject import Images, Subject, input_shape, load_images
 from apot_fat.training.environment import environment
 
 MOST_EPOCHS = 100  # of thresholds over time: every layer's, so thinned out
 PALETTES = ("fp32", "apot", "fat", "uniform", "lsq", "pact")
-_METHOD_NAMES = {"apot": "APoT", "fat": "FAT", "lsq": "LSQ", "pact": "PACT"}
+_METHOD_NAMES = {"apot": "APoT", "fat": "FAT", "lsq": "LSQ", "pact": "PACT", "pot": "PoT"}
 
 Columns = dict[str, list[Any]]
 
@@ -70,7 +71,9 @@ def build_report(
     Raises:
         ValueError: images that cannot be read or do not fit a network.
     """
-    labels, places = _labels(subjects), _colors(subjects)
+    bits = [network_bits(subject.model) for subject in subjects]
+    methods = [network_method(subject.config, own) for subject, own in zip(subjects, bits, strict=True)]
+    labels, places = _labels(subjects, methods, bits), _colors(methods, bits)
     named = list(dict.fromkeys(name for subject in subjects for name, _ in weight_layers(subject.model)))
     tables: dict[str, Columns] = {}
     offsets = _offsets(subjects)
@@ -83,10 +86,12 @@ def build_report(
         measures = measure_layers(subject.model, batch, progress)
         runs.append(
             {"id": run, "label": labels[run], **places[run]}
+            | _bits(methods[run], bits[run])
             | _run(subject, images, cost, measures, shape, offsets[run])
+            | {"notes": _notes(subject, images, methods[run])}
         )
         _add_history(tables, run, subject, offsets[run], named)
-        _add_layers(tables, run, subject, cost, measures, named)
+        _add_layers(tables, run, bits[run], cost, measures, named)
         for row in (*cost.rows, cost.total):
             _add(tables, "costs", {"run": run, **asdict(row), "float_share": row.float_share})
     for table in ("epochs", "thresholds", "layers", "bins", "levels", "frequencies", "costs"):
@@ -94,6 +99,17 @@ def build_report(
     made = environment(torch.device("cpu")) | {"made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
     content = {"runs": runs, "layers_named": named, "environment": made, **tables}
     return Report(content, tuple(subjects))
+
+
+def _bits(method: str, bits: NetworkBits) -> dict[str, Any]:
+    return {
+        "method": method,
+        "bits": round(bits.mean, 2) if len(set(bits.weights)) > 1 else round(bits.mean),
+        "mean_bits": _short(bits.mean),
+        "bits_text": bits.weights_text,
+        "input_bits_text": bits.inputs_text,
+        "bits_differ": bits.differ,
+    }
 
 
 def _run(
@@ -107,15 +123,10 @@ def _run(
     best, total, config = subject.best, cost.total, subject.config
     result = images.result if isinstance(images, Images) else None
     file = subject.path if subject.path.is_file() else None
-    notes = _notes(subject, images)
-    if not best and subject.recorded is None and result is None:
-        notes["accuracy"] = "No accuracy: it is not recorded here. Measure it with --data."
     return {
         "path": str(subject.path),
         "kind": subject.kind,
         "network": find_architecture(config.arch).name,
-        "method": config.method,
-        "bits": config.bit,
         "last": _short(subject.history[-1]["test_top1"]) if best else None,
         "best": _short(best["test_top1"]) if best else _short(subject.recorded),
         "best_epoch": best["epoch"] if best else None,
@@ -139,13 +150,12 @@ def _run(
         "shift_adds": total.shift_adds,
         "weight_sqnr": _mean([m.weight.sqnr for m in measures if m.weight_alpha is not None]),
         "input_sqnr": _mean([m.input.sqnr for m in measures if m.input is not None and m.act_alpha is not None]),
-        "notes": notes,
         "recipe": config.to_dict() if subject.trained else {},
         "environment": subject.environment,
     }
 
 
-def _notes(subject: Subject, images: Images | str) -> dict[str, str]:
+def _notes(subject: Subject, images: Images | str, method: str) -> dict[str, str]:
     # one sentence for each thing that this input cannot show
     notes = {}
     what = {"run": "run", "checkpoint": "checkpoint", "packed": "packed file"}[subject.kind]
@@ -158,15 +168,17 @@ def _notes(subject: Subject, images: Images | str) -> dict[str, str]:
         notes["environment"] = f"No environment: this {what} does not record what it was computed with."
     if isinstance(images, str):
         notes["inputs"] = images
-    if subject.config.bit == FLOAT_BITS:
+    if not subject.best and subject.recorded is None and (isinstance(images, str) or images.result is None):
+        notes["accuracy"] = "No accuracy: it is not recorded here. Measure it with --data."
+    if method == "fp32":
         notes["levels"] = "No levels, thresholds or quantization error: this network is full precision."
     elif subject.kind == "packed":
         notes["levels"] = "No quantization error of weights: a packed file holds the quantized weights alone."
         notes["spectrum"] = "No spectrum: a packed file holds weights after FAT's transform, not the transform."
-    if not subject.config.preset_name.startswith("fat") and "spectrum" not in notes:
-        notes["spectrum"] = "No spectrum: only FAT transforms its weights."
-    elif subject.config.bit == FLOAT_BITS:
+    if method == "fp32" and subject.config.preset_name.startswith("fat"):
         notes["spectrum"] = "No spectrum: a full-precision network has no transform."
+    elif "fat" not in method and "spectrum" not in notes:
+        notes["spectrum"] = "No spectrum: only FAT transforms its weights."
     return notes
 
 
@@ -184,7 +196,7 @@ def _add_history(tables: dict[str, Columns], run: int, subject: Subject, offset:
 def _add_layers(
     tables: dict[str, Columns],
     run: int,
-    subject: Subject,
+    bits: NetworkBits,
     cost: CostReport,
     measures: Sequence[LayerMeasure],
     named: list[str],
@@ -195,6 +207,8 @@ def _add_layers(
             "kind": price.kind,
             "weight_bits": price.weight_bits,
             "act_bits": price.act_bits,
+            "quantized": measure.name in bits.specs,
+            "packed_bytes": price.packed_bytes,
             "weight_alpha": _short(measure.weight_alpha),
             "act_alpha": _short(measure.act_alpha),
             "mask_min": _short(min(measure.spectrum.mask_min)) if measure.spectrum else None,
@@ -227,34 +241,35 @@ def _add(tables: dict[str, Columns], table: str, row: Mapping[str, Any]) -> None
         columns[name].append(value)
 
 
-def _labels(subjects: Sequence[Subject]) -> list[str]:
-    networks = {find_architecture(subject.config.arch).name for subject in subjects}
+def _labels(subjects: Sequence[Subject], methods: Sequence[str], bits: Sequence[NetworkBits]) -> list[str]:
+    networks = [find_architecture(subject.config.arch).name for subject in subjects]
     labels = []
-    for subject in subjects:
-        config = subject.config
-        family, *variant = [part for part in config.preset_name.split("-") if part not in ("cifar", "imagenet")]
-        words = [find_architecture(config.arch).name] if len(networks) > 1 else []
-        words += ["fp32"] if config.bit == FLOAT_BITS else [_METHOD_NAMES.get(family, family), *variant]
-        words += [] if config.bit == FLOAT_BITS else [f"{config.bit} bits"]
-        labels.append(" ".join(words))
+    for network, method, own in zip(networks, methods, bits, strict=True):
+        words = [network] if len(set(networks)) > 1 else []
+        words.append(" and ".join(map(_named, method.split(" and "))))
+        labels.append(" ".join([*words, own.label] if own.specs else words))
     places = [Path(*subject.path.parts[-2:]) for subject in subjects]
     shared = [labels.count(label) > 1 for label in labels]
     labels = [f"{label} ({place})" if s else label for label, place, s in zip(labels, places, shared, strict=True)]
     return [f"{label} #{i + 1}" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
 
 
-def _colors(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
+def _named(method: str) -> str:
+    family, *variant = [part for part in method.split("-") if part not in ("cifar", "imagenet")]
+    return " ".join([_METHOD_NAMES.get(family, family), *variant])
+
+
+def _colors(methods: Sequence[str], bits: Sequence[NetworkBits]) -> list[dict[str, Any]]:
     # a hue for a method, shades of it for bits; the same method and bits once more take the next free hue
-    taken: list[tuple[str, int]] = []
+    taken: list[tuple[str, str]] = []
     places = []
-    for subject in subjects:
-        bits = subject.config.bit
-        family = "fp32" if bits == FLOAT_BITS else subject.config.preset_name.split("-")[0]
+    for method, own in zip(methods, bits, strict=True):
+        family = method.replace(" ", "-").split("-")[0]
         used = {hue for hue, _ in taken}
         free = [family, *(hue for hue in (*PALETTES[3:], *PALETTES[:3]) if hue not in used)]
-        hue = next((hue for hue in free if hue in PALETTES and (hue, bits) not in taken), PALETTES[0])
+        hue = next((hue for hue in free if hue in PALETTES and (hue, own.label) not in taken), PALETTES[0])
         places.append({"family": family, "hue": hue, "shade": sum(other == hue for other, _ in taken) % 3})
-        taken.append((hue, bits))
+        taken.append((hue, own.label))
     return places
 
 

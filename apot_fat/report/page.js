@@ -25,6 +25,7 @@
   function chosen(chart) {
     const all = chart.tables[0] === "runs" ? data.runs.map((run) => ({ ...run, run: run.id })) : chart.tables.flatMap(rows);
     return all
+      .filter((row) => chart.run === null || row.run === chart.run)
       .filter((row) => chart.side === null || row.side === chart.side)
       .filter((row) => chart.needs.some((name) => (row[name] ?? null) !== null))
       .filter((row) => (chart.scope === "one" ? row.run === state.run : state.shown.has(row.run)))

@@ -114,7 +114,9 @@ def _color_variables(runs: Sequence[dict[str, Any]]) -> str:
 def _summary(runs: Sequence[dict[str, Any]]) -> str:
     cards = []
     for run in runs:
-        lines = [("network", run["network"]), ("method", run["method"]), ("bits", str(run["bits"]))]
+        lines = [("network", run["network"]), ("method", run["method"]), ("bits", run["bits_text"])]
+        if run["input_bits_text"] is not None:
+            lines[-1:] = [("bits of weights", run["bits_text"]), ("bits of inputs", run["input_bits_text"])]
         if run["last"] is not None:
             lines.append(("top-1, last epoch", f"{run['last']:.2f} %"))
         if run["best"] is not None:
@@ -197,9 +199,10 @@ def _legend(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def _accuracy_section(charts: Sequence[Chart], runs: Sequence[dict[str, Any]]) -> str:
-    alone = '<p class="note">Drawn for two or more networks whose accuracy is known; a single one stands above.</p>'
+    alone = "Accuracy is drawn for two or more networks in which it is known; that of a single one stands above."
     known = sum("accuracy" not in run["notes"] for run in runs)
-    return _figures(charts, runs, ("accuracy",)) + (alone if known == 1 else "")
+    said = f'<p class="note">{alone}</p>' if known == 1 else ""
+    return _figures(charts, runs, ("accuracy", "bits")) + said
 
 
 def _figures(charts: Sequence[Chart], runs: Sequence[dict[str, Any]], notes: tuple[str, ...]) -> str:

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from apot_fat import quantize
+from apot_fat.checkpoint import save_packed
+from apot_fat.models import create_model
+from apot_fat.report.contents import build_report
 from apot_fat.report.page import page
+from apot_fat.report.subject import load_subjects
 
 if TYPE_CHECKING:
     from tests.report.conftest import Demo
@@ -40,6 +45,21 @@ def browser() -> Iterator[Any]:
 def file(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(page(demo.report), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def mixed_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of one network with the same bits everywhere and two without."""
+    folder = tmp_path_factory.mktemp("mixed")
+    overrides: tuple[dict[str, dict[str, int]], ...] = ({}, {"layer1.*": {"bits": 5}}, {"layer1.*": {"act_bits": 8}})
+    for number, own in enumerate(overrides):
+        model = create_model("resnet20", bits=32)
+        quantize(model, bits=3, overrides=own)
+        save_packed(model.eval(), folder / f"{number}.safetensors")
+    subjects = [load_subjects(folder / f"{number}.safetensors")[0] for number in range(3)]
+    path = folder / "report.html"
+    path.write_text(page(build_report(subjects)), encoding="utf-8")
     return path
 
 
@@ -108,4 +128,28 @@ def test_controls_work_from_the_keyboard(browser: Any, file: Path) -> None:
         head.send_keys(Keys.ENTER)
         values = [int(value) for value in browser.execute_script(cells)]
         assert values == order(values)
+    assert said(browser) == []
+
+
+def test_bits_of_each_layer_come_and_go_with_their_network(browser: Any, mixed_file: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    opened(browser, mixed_file, 1400, "light")
+    bars = '[data-chart="bits-layers-{}"] path[aria-roledescription=bar]'
+    for number, run in ((2, 1), (3, 2)):
+        found = browser.find_elements(By.CSS_SELECTOR, bars.format(number))
+        assert len(found) == 22
+        assert {bar.get_attribute("fill") for bar in found} == {f"var(--run-{run})"}
+    figure = browser.find_element(By.CSS_SELECTOR, '[data-chart="bits-layers-2"]')
+    browser.find_element(By.CSS_SELECTOR, '[data-show="1"]').send_keys(Keys.SPACE)
+    drawn(browser, 2)
+    assert not figure.is_displayed()
+    assert len(browser.find_elements(By.CSS_SELECTOR, bars.format(3))) == 22
+    browser.find_element(By.CSS_SELECTOR, '[data-show="1"]').send_keys(Keys.SPACE)
+    drawn(browser, 3)
+    assert figure.is_displayed()
+    assert said(browser) == []
+    opened(browser, mixed_file, 390, "dark")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
     assert said(browser) == []
