@@ -255,6 +255,7 @@ def _patch_cuda(patch: pytest.MonkeyPatch, fake: FakeCuda) -> None:
         "get_device_capability": (9, 0),
         "is_bf16_supported": True,
         "is_current_stream_capturing": False,
+        "mem_get_info": (1 << 30, 1 << 30),
         "set_rng_state": None,  # what is random comes from the CPU's numbers
     }
     for name, value in values.items():
@@ -286,6 +287,8 @@ def _patch_pytorch(patch: pytest.MonkeyPatch, upper: TorchFunctionMode) -> None:
     patch.setattr(torch.autograd.function.BackwardCFunction, "apply", applied)
     patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", grouped)
     patch.setattr(torch.autocast, "__init__", autocast_on_cpu)
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):  # by version; of Adam
+        patch.setattr(torch.optim.Optimizer, name, lambda self: None, raising=False)
     patch.setattr(
         torch.serialization,
         "location_tag",

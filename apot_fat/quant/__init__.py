@@ -1,6 +1,15 @@
 """Quantization: levels → fake quantization → frequency transform → layers. Needs torch alone."""
 
-from apot_fat.quant.convert import Conversion, ConvertedLayer, dequantize, quantize
+from apot_fat.quant.convert import (
+    Allocation,
+    Conversion,
+    ConvertedLayer,
+    Reconstruction,
+    allocate_bits,
+    dequantize,
+    quantize,
+    reconstruct,
+)
 from apot_fat.quant.fake_quant import ALPHA_FLOOR, eight_bit_weight, project, quantize_activation, quantize_weight
 from apot_fat.quant.frequency import frequency_transform, weight_deactivate_freq
 from apot_fat.quant.kernels import get_kernels, set_kernels
@@ -32,6 +41,7 @@ __all__ = [
     "ALPHA_FLOOR",
     "FLOAT_BITS",
     "PRESETS",
+    "Allocation",
     "Conversion",
     "ConvertedLayer",
     "EightBitConv2d",
@@ -41,6 +51,8 @@ __all__ = [
     "QuantConv2d",
     "QuantLinear",
     "QuantSpec",
+    "Reconstruction",
+    "allocate_bits",
     "apot_levels",
     "build_power_value",
     "clipping_table",
@@ -60,6 +72,7 @@ __all__ = [
     "quantize",
     "quantize_activation",
     "quantize_weight",
+    "reconstruct",
     "set_bits",
     "set_kernels",
     "show_params",

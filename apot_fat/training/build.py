@@ -1,4 +1,4 @@
-"""What a config names: images and their batches, the network and its first weights, the loss."""
+"""What a config names: images and their batches, the network, the loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apot_fat.checkpoint import TORCHVISION, load_weights, torchvision_weights
 from apot_fat.data import (
     NAMED,
     Augmentation,
@@ -26,13 +25,10 @@ from apot_fat.data import (
     load_dataset,
 )
 from apot_fat.models import create_model
-from apot_fat.quant.layers import quant_layers
 from apot_fat.quant.measure import MOST_IMAGES
-from apot_fat.quant.thresholds import initialize_thresholds
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.distributed import in_turns, launched
 from apot_fat.training.folder import BEST
-from apot_fat.training.loop import autocast
 from apot_fat.training.objective import Objective
 from apot_fat.training.teacher import load_teacher, teacher_path
 
@@ -98,6 +94,14 @@ def sample_images(config: TrainConfig, images: ImageSet | FileSet, device: torch
     return next(iter(make_batches(replace(config, workers=0, test_batch_size=MOST_IMAGES), few, device))).x
 
 
+def unlabelled_images(
+    config: TrainConfig, images: ImageSet | FileSet, count: int, device: torch.device
+) -> list[Tensor]:
+    """Batches of so many images (all where there are fewer), chosen at random by the seed, as in evaluation."""
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))[:count]
+    return [batch.x for batch in make_batches(config, images.subset(chosen), device)]
+
+
 def default_workers() -> int:
     """Decoding processes of a training process: its share of the cores that this machine lets it use, at least 1."""
     return max(1, len(os.sched_getaffinity(0)) // launched().local_world)
@@ -113,14 +117,6 @@ def created_config(model: nn.Module, **given: Any) -> TrainConfig:
     """The config of a network that ``create_model`` built, such as a packed file's; ``given`` names what it leaves."""
     made: Any = model.created_as
     return TrainConfig.from_dict({**given, "arch": made["name"], "preset": made["preset"], "bit": made["bits"]})
-
-
-def load_initial_weights(model: nn.Module, config: TrainConfig) -> None:
-    """Start from ``config.init``: a checkpoint of any bit-width, torchvision's fp32 weights, or nothing."""
-    if config.init in (None, "none"):
-        return
-    source = torchvision_weights(config.arch) if config.init == TORCHVISION else str(config.init)
-    load_weights(model, source, other_bits=True)
 
 
 def make_objective(config: TrainConfig, num_classes: int, device: torch.device) -> Objective:
@@ -139,15 +135,6 @@ def make_objective(config: TrainConfig, num_classes: int, device: torch.device) 
         distill_temperature=config.distill_temperature,
         dampening=config.dampening,
     )
-
-
-def set_initial_thresholds(model: nn.Module, config: TrainConfig, batches: Batches, device: torch.device) -> None:
-    """Set the thresholds as ``config.threshold_init`` says, on the first training batch of this process."""
-    if config.threshold_init == "constant" or not any(True for _ in quant_layers(model)):
-        return
-    batches.set_epoch(0)
-    with autocast(device, config.amp):
-        initialize_thresholds(model, next(iter(batches.unmixed())).x, config.threshold_init)
 
 
 def seed_everything(seed: int) -> None:

@@ -126,6 +126,9 @@ class TrainConfig:
     init: str | None = _option(
         None, "checkpoint to start from, of any bit-width; `torchvision`: its fp32 weights; `none`", "--pretrained"
     )
+    reconstruct: int = _option(
+        0, "training images on which the start is tuned, block by block, to give what --init gives; 0 for none", low=0
+    )
     seed: int = _option(0, "of weights, order and augmentation", low=0, high=2**31)
     device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:N")
     gpu: str | None = _option(None, "CUDA device numbers, as published: 0 or 0,1", "-id")
@@ -162,6 +165,8 @@ class TrainConfig:
             raise ValueError(f"preset {self.preset!r}{hint}: choose one of {', '.join(PRESETS)}")
         if self.distill_weight and self.teacher is None:
             raise ValueError(f"distill_weight {self.distill_weight}: name the network to distil from with --teacher")
+        if self.reconstruct and self.init in (None, "none"):
+            raise ValueError(f"reconstruct {self.reconstruct}: name the network to come close to with --init")
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None and len(value) != 3:

@@ -19,12 +19,10 @@ from apot_fat.training.build import (
     create_network,
     image_shape,
     load_config_dataset,
-    load_initial_weights,
     make_batches,
     make_objective,
     sample_images,
     seed_everything,
-    set_initial_thresholds,
 )
 from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig
@@ -43,6 +41,7 @@ from apot_fat.training.interruption import SignalWatch
 from apot_fat.training.loop import Position, Result, autocast, evaluate, train_epoch
 from apot_fat.training.objective import Objective
 from apot_fat.training.optim import freeze_late, make_optimizer, make_schedule
+from apot_fat.training.start import load_initial_weights, reconstruct_start, set_initial_thresholds
 from apot_fat.training.state import TrainState
 
 log = logging.getLogger("apot_fat")
@@ -93,6 +92,9 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
                 log.info("%d processes, %d images a step", processes.world, config.batch_size)
             if before is None:
                 set_initial_thresholds(state.model, config, sets.train, device)
+                assert dataset.train is not None
+                if processes.is_first:  # the others take its parameters
+                    reconstruct_start(state.model, config, dataset.train, len(dataset.classes), device)
             epochs = _Epochs(config, processes, device, sets, state, objective)
             for epoch in range(len(history), config.epochs):
                 saver = StepSaver(records, state, history, watch, config.checkpoint_every)

@@ -117,6 +117,11 @@ def test_conversion(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
     compare(lambda device, folder: works.conversion(device, folder, method), tmp_path)
 
 
+@pytest.mark.parametrize("method", ["apot", pytest.param("fat", marks=slow)])
+def test_a_network_is_reconstructed(method: str, tmp_path: Path) -> None:
+    compare(lambda device, folder: works.reconstruction(device, folder, method), tmp_path)
+
+
 def test_batches_of_files(tmp_path: Path) -> None:
     compare(works.streamed, tmp_path)
 

@@ -42,9 +42,8 @@ NOT_REACHED = {
         "data.stream:_collate",
         "models.mobilenet_v2:_conv_norm_relu",
         "models.vgg:VGG.__init__",
-        "quant.convert:_is_ours",
+        "quant.convert.network:_is_ours",
         "training.build:created_config",
-        "training.build:load_initial_weights",
     ],
     "on the CPU by what they are: copies of networks for export (test_networks.py exports one), products of bytes": [
         "export.*",
@@ -67,7 +66,7 @@ NOT_REACHED = {
         "training.folder:*",
         "training.teacher:_Renormalized.*",
     ],
-    "never called by the package": ["quant.calibration:_Mark.backward", "quant.fake_quant:project"],
+    "never called by the package": ["quant.convert.calibration:_Mark.backward", "quant.fake_quant:project"],
 }
 """Patterns of functions that the tour does not reach, by the reason."""
 
@@ -149,6 +148,7 @@ def tour(folder: Path, patch: pytest.MonkeyPatch) -> None:
         works.epoch(model, run, _batches(run.arch, batch_size=4), make_optimizer(model, run), every=1)
         works.training(DEVICE, "resnet20", "lsq")
         works.conversion(DEVICE, folder, "fat")
+        works.reconstruction(DEVICE, folder, "apot")
     for name, work in (("looks", works.looks), ("files", works.files)):
         (folder / name).mkdir()
         work(DEVICE, folder / name, "resnet20", "fat-cifar")

@@ -17,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from apot_fat import (
+    Reconstruction,
+    allocate_bits,
     clipping_table,
     cost_report,
     dequantize,
@@ -38,15 +40,17 @@ from apot_fat.models import create_model
 from apot_fat.quant.diagnosis import odd_layers
 from apot_fat.quant.layers import QuantConv2d, QuantLinear, keep_thresholds_positive, quant_layers
 from apot_fat.quant.measure import measure_layers
+from apot_fat.report.bits import network_bits
 from apot_fat.training import Result, TrainConfig, evaluate, train, train_epoch
 from apot_fat.training.averaging import WeightAverage
 from apot_fat.training.board import Board
-from apot_fat.training.build import create_network, make_batches, set_initial_thresholds
+from apot_fat.training.build import create_network, make_batches, unlabelled_images
 from apot_fat.training.finite import FiniteGuard, NonFiniteError
 from apot_fat.training.folder import BEST, METRICS
 from apot_fat.training.loop import autocast
 from apot_fat.training.objective import Objective
 from apot_fat.training.optim import freeze_late, make_optimizer, make_schedule
+from apot_fat.training.start import load_initial_weights, reconstruct_start, set_initial_thresholds
 
 Found = dict[str, Any]
 CLASSES = 3
@@ -136,6 +140,7 @@ def looks(device: torch.device, folder: Path, arch: str, preset: str, **override
     board.close()
     return {
         "table": table,
+        "bits": network_bits(model),
         "curves": curves(folder),
         "layers": [asdict(measure) for measure in measure_layers(model, x)],
         "costs": cost_report(model, x.shape[1:]).to_csv(),
@@ -210,6 +215,30 @@ def conversion(device: torch.device, folder: Path, method: str) -> Found:
         report = export_onnx(model, folder / "file.onnx", (3, 11, 11), verify_with=x)
         found["exported"] = report.error, report.agreement
     return found
+
+
+def reconstruction(device: torch.device, folder: Path, method: str) -> Found:
+    """Bits chosen, a network quantized and tuned to the float one, and a run that begins so."""
+    model = network(device, "resnet20", "apot-cifar", 32).eval()
+    write_checkpoint({"state_dict": on_cpu(model.state_dict())}, folder / "fp32.pth.tar")
+    run = config("resnet20", "apot-cifar", bit=3, init=str(folder / "fp32.pth.tar"), reconstruct=8)
+    few = images(run.arch)
+    batches = unlabelled_images(run, few, 10, device)
+    tuned = Reconstruction(steps=1, joint_steps=1, batch_size=5, lr=1e-3, joint_lr=1e-3)
+    float_layers = ["layer[12].*"]
+    bits = allocate_bits(model, batches, 3.5, (3, 4), method=method, exclude=float_layers)
+    rows = quantize(model, 4, method, exclude=float_layers, overrides=bits, calibration=batches, reconstruct=tuned)
+    started = create_network(run, CLASSES).to(device)
+    load_initial_weights(started, run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("apot_fat.training.start.Reconstruction", lambda seed: tuned)
+        reconstruct_start(started, run, few, CLASSES, device)
+    return {
+        "bits": [(row.name, row.bits, row.macs, row.losses) for row in bits.rows],
+        "rows": rows.table(),
+        "weights": on_cpu(model.state_dict()),
+        "started": on_cpu(started.state_dict()),
+    }
 
 
 def streamed(device: torch.device, folder: Path) -> Found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,16 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from apot_fat.quant.convert.batches import run_batch
+from apot_fat.quant.convert.norms import batch_norms, channel_statistics
 from apot_fat.quant.sampling import sample
 from apot_fat.quant.thresholds import FIT_SAMPLES
 from apot_fat.quant.watching import evaluation_mode, watch_inputs, watch_outputs
-from apot_fat.text import one_line
 
 _OUTPUT_SAMPLES = 1 << 14
-
-Calibration = Tensor | Iterable[Any]
-"""A batch; or batches, such as a ``DataLoader``: each a tensor, a tuple or list whose first entry is what the network
-takes, or a mapping of its keywords."""
 
 
 @dataclass
@@ -53,32 +50,6 @@ class Passes:
     norms: dict[nn.Module, tuple[Tensor, Tensor]]
 
 
-def read_batches(calibration: Calibration) -> list[Any]:
-    """The inputs of each batch, read once and kept.
-
-    Raises:
-        ValueError: there is none.
-    """
-    items = [calibration] if isinstance(calibration, Tensor) else list(calibration)
-    batches = [item[0] if isinstance(item, tuple | list) else item for item in items]
-    if not batches:
-        raise ValueError("calibration: no batch; give a tensor of inputs, or an iterable of batches")
-    return batches
-
-
-def run_batch(model: nn.Module, batch: Any) -> Any:
-    """The network's output on a batch.
-
-    Raises:
-        ValueError: the network refuses it.
-    """
-    try:
-        return model(**batch) if isinstance(batch, Mapping) else model(batch)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        shape = f"of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"(a {type(batch).__name__})"
-        raise ValueError(f"calibration {shape}: the network refuses it ({one_line(error)})") from error
-
-
 @torch.no_grad()
 def watch_layers(model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Any]) -> Passes:
     """What the layers take and give, in evaluation mode."""
@@ -101,12 +72,12 @@ def watch_layers(model: nn.Module, layers: Mapping[str, nn.Module], batches: lis
     norms: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def note_statistics(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        norms.setdefault(norm, _statistics(inputs[0]))
+        norms.setdefault(norm, channel_statistics(inputs[0]))
 
     with (
         evaluation_mode(model),
         watch_inputs(layers.values(), note),
-        watch_inputs(_batch_norms(model), note_statistics),
+        watch_inputs(batch_norms(model), note_statistics),
     ):
         for batch in batches:
             given: dict[str, Tensor] = {}
@@ -123,45 +94,6 @@ def watch_layers(model: nn.Module, layers: Mapping[str, nn.Module], batches: lis
     for layer in seen.values():
         layer.values = sample(layer.values, FIT_SAMPLES)
     return Passes(seen, _joined(outputs), norms)
-
-
-@torch.no_grad()
-def move_batch_norms(model: nn.Module, before: Mapping[nn.Module, tuple[Tensor, Tensor]], batch: Any) -> None:
-    """Move the statistics of batch norms by as much as quantization moved what reaches them, in place.
-
-    Equation: running_mean ← running_mean + m_q − m, running_var ← running_var · v_q / v of each channel on the batch.
-    In one pass: each norm is moved as it is reached, so that what follows sees it moved.
-
-    Args:
-        model: the converted network.
-        before: m and v of the float network on the same batch.
-        batch: the batch.
-    """
-    waiting = dict(before)
-
-    def move(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if norm not in waiting:
-            return
-        assert isinstance(norm.running_mean, Tensor)
-        assert isinstance(norm.running_var, Tensor)
-        mean, variance = waiting.pop(norm)
-        mean_q, variance_q = _statistics(inputs[0])
-        norm.running_mean += mean_q - mean
-        norm.running_var *= torch.where((variance > 0) & (variance_q > 0), variance_q / variance, 1)
-
-    with evaluation_mode(model), watch_inputs(before, move):
-        run_batch(model, batch)
-
-
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
-    # those that use statistics in evaluation
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    return [norm for norm in norms if norm.running_mean is not None]
-
-
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    values_CN = x.detach().float().transpose(0, 1).flatten(1)
-    return values_CN.mean(1), values_CN.var(1, correction=0)
 
 
 @torch.no_grad()

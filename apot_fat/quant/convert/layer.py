@@ -1,0 +1,90 @@
+"""One layer, or all of a network, turned into quantized ones in place, and back into plain ones."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apot_fat.quant.layers import AnyQuantized, EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
+from apot_fat.quant.spec import QuantSpec
+
+
+def convert_layer(module: nn.Module, spec: QuantSpec | None) -> None:
+    """Turn one layer into a quantized one, in place: the same module and parameters, another class.
+
+    Args:
+        module: a ``Conv2d`` or ``Linear``, or a quantized layer already.
+        spec: what it is to do; None for an 8-bit weight and a float input (``EightBitConv2d``).
+    """
+    is_conv = isinstance(module, nn.Conv2d)
+    if spec is None:
+        module.__class__ = EightBitConv2d if is_conv else EightBitLinear
+    elif isinstance(module, QuantConv2d | QuantLinear):
+        module.spec = spec
+    else:
+        module.__class__ = QuantConv2d if is_conv else QuantLinear
+        assert isinstance(module, QuantConv2d | QuantLinear)
+        module._init_quantizers(spec, relu=False)
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """A copy of a network with plain layers that hold the quantized weights; inputs are no longer quantized.
+
+    Args:
+        model: any network that holds quantized layers; unchanged.
+
+    Returns:
+        The copy, without thresholds and transforms. A layer that takes the ReLU of its input goes on doing so.
+    """
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, AnyQuantized):
+            takes_relu = getattr(module, "relu", False)
+            plain = (_ReluConv2d, _ReluLinear) if takes_relu else (nn.Conv2d, nn.Linear)
+            fold_weight(module, plain[0] if isinstance(module, nn.Conv2d) else plain[1])
+    return model
+
+
+def fold_weight(module: nn.Module, plain: type[nn.Module]) -> None:
+    """Turn one quantized layer into a plain one with the quantized weight as its weight, in place.
+
+    Args:
+        module: a ``QuantConv2d``, ``QuantLinear``, ``EightBitConv2d`` or ``EightBitLinear``.
+        plain: ``nn.Conv2d``, ``nn.Linear``, or a class derived from it; the module's class from now on.
+    """
+    assert isinstance(module, AnyQuantized)
+    with torch.no_grad():
+        weight = nn.Parameter(module.quantized_weight().detach().clone(), requires_grad=module.weight.requires_grad)
+    for name in ("weight_alpha", "act_alpha", "transform"):
+        module._parameters.pop(name, None)
+    for name in (
+        "relu",
+        "fixed_bits",
+        "_spec",
+        "_weight_set",
+        "_act_set",
+        "_kept",
+        "_kept_bytes",
+        "_graph_weight",
+        "_graph_source",
+    ):
+        module.__dict__.pop(name, None)
+    module.weight = weight
+    module.__class__ = plain  # type: ignore[assignment]
+
+
+class _ReluConv2d(nn.Conv2d):
+    """A convolution of its input's ReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.relu(x))
+
+
+class _ReluLinear(nn.Linear):
+    """A linear layer of its input's ReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.relu(x))

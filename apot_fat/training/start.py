@@ -1,0 +1,79 @@
+"""How a run begins: the weights it starts from, its thresholds, and its reconstruction."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from apot_fat.checkpoint import TORCHVISION, load_weights, read_newest, torchvision_weights
+from apot_fat.data import Batches, FileSet, ImageSet
+from apot_fat.quant.convert import Reconstruction, reconstruct
+from apot_fat.quant.layers import quant_layers, set_bits
+from apot_fat.quant.spec import FLOAT_BITS
+from apot_fat.quant.thresholds import initialize_thresholds
+from apot_fat.training.build import create_network, unlabelled_images
+from apot_fat.training.config import TrainConfig
+from apot_fat.training.loop import autocast
+
+log = logging.getLogger("apot_fat")
+
+
+def load_initial_weights(model: nn.Module, config: TrainConfig) -> None:
+    """Start from ``config.init``: a checkpoint of any bit-width, torchvision's fp32 weights, or nothing."""
+    if config.init in (None, "none"):
+        return
+    source = torchvision_weights(config.arch) if config.init == TORCHVISION else str(config.init)
+    load_weights(model, source, other_bits=True)
+
+
+def set_initial_thresholds(model: nn.Module, config: TrainConfig, batches: Batches, device: torch.device) -> None:
+    """Set the thresholds as ``config.threshold_init`` says, on the first training batch of this process."""
+    if config.threshold_init == "constant" or not any(True for _ in quant_layers(model)):
+        return
+    batches.set_epoch(0)
+    with autocast(device, config.amp):
+        initialize_thresholds(model, next(iter(batches.unmixed())).x, config.threshold_init)
+
+
+def reconstruct_start(
+    model: nn.Module, config: TrainConfig, images: ImageSet | FileSet, num_classes: int, device: torch.device
+) -> None:
+    """Tune the network to give, block by block, what the one of ``config.init`` gives, on some images; in place.
+
+    Raises:
+        ValueError: its images are normalised otherwise.
+    """
+    if not config.reconstruct or not any(True for _ in quant_layers(model)):
+        return
+    reference = _network_of_init(config, num_classes).to(device)
+    if config.channels_last:
+        reference.to(memory_format=torch.channels_last)
+    batches = unlabelled_images(config, images, config.reconstruct, device)
+    reconstruct(model, reference, batches, Reconstruction(seed=config.seed))
+    log.info("reconstructed from %s on %d images", config.init, sum(map(len, batches)))
+
+
+def _network_of_init(config: TrainConfig, num_classes: int) -> nn.Module:
+    # of the modules that the run's network has, at the bits of its own
+    if config.init == TORCHVISION:
+        content: Any = {"state_dict": torchvision_weights(config.arch)}
+    else:
+        content = read_newest(str(config.init), log.warning)
+    recorded = content.get("config")
+    bits, made = FLOAT_BITS, config
+    if isinstance(recorded, dict):
+        theirs = TrainConfig.from_dict(recorded, f"checkpoint {config.init}")
+        if theirs.normalization() != config.normalization():
+            raise ValueError(
+                f"reconstruct {config.reconstruct}: the images of {config.init} are normalised by other means and "
+                f"standard deviations {theirs.normalization()}: give them as mean and std"
+            )
+        bits = theirs.bit
+        made = replace(config, preset=theirs.preset, weight_per_channel=theirs.weight_per_channel)
+    if bits != FLOAT_BITS:
+        return load_weights(create_network(replace(made, bit=bits), num_classes), content)
+    return load_weights(set_bits(create_network(made, num_classes), FLOAT_BITS), content)

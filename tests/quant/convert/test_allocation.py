@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from apot_fat import allocate_bits, quantize
+from apot_fat.models import create_model
+from apot_fat.quant import quant_layers
+from apot_fat.quant.convert.allocation import Allocation
+
+
+def convolutional() -> nn.Module:
+    torch.manual_seed(0)
+    widths = (6, 8, 12, 16, 6)
+    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1), nn.ReLU()]
+    for before, width in itertools.pairwise(widths):
+        layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 36, 4)).eval()
+
+
+def images() -> Tensor:
+    return torch.rand(32, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_bits_are_what_quantize_takes_and_the_network_stays() -> None:
+    model = convolutional()
+    before, state = copy.deepcopy(model), list(model.modules())
+    given = allocate_bits(model, images(), average=3.0)
+    assert list(model.modules()) == state
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True))
+    assert [type(module) for module in before.modules()] == [type(module) for module in model.modules()]
+    assert given.average <= 3.0
+    assert len({row.bits for row in given.rows}) > 1
+    quantize(model, overrides=given, calibration=images())
+    assert {name: layer.spec.weight_bits for name, layer in quant_layers(model)} == {r.name: r.bits for r in given.rows}
+    assert all(layer.spec.act_bits == layer.spec.weight_bits for _, layer in quant_layers(model))
+    sizes = {name: layer.weight.numel() for name, layer in quant_layers(model)}
+    assert given.average == sum(r.bits * sizes[r.name] for r in given.rows) / sum(sizes.values())
+    assert all(row.name in str(given) for row in given.rows)
+    assert f"{given.bytes:,} bytes" in str(given)
+
+
+def test_the_loss_of_a_layer_is_what_quantizing_it_alone_costs() -> None:
+    model = convolutional()
+    given = allocate_bits(model, images(), choices=(2, 4))
+    for row in given.rows[:2]:
+        others = [other.name for other in given.rows if other is not row]
+        for bits in (2, 4):
+            done = quantize(
+                copy.deepcopy(model), bits, exclude=["0", "11", *others], edge_bits=32, calibration=images()
+            )
+            assert done.error is not None
+            assert row.losses[bits] == pytest.approx(done.error**2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [{"average": 2.5}, {"average": 4.2}, {"bytes": 1700}, {"bit_operations": 2e6}, {"average": 4, "bytes": 1500}],
+)
+def test_no_other_choice_within_the_budget_loses_less(budget: dict[str, Any]) -> None:
+    choices = (2, 3, 4, 8)
+    given = allocate_bits(convolutional(), images(), choices=choices, **budget)
+    fits = []
+    for bits in itertools.product(choices, repeat=len(given.rows)):
+        rows = tuple(replace(row, bits=b) for row, b in zip(given.rows, bits, strict=True))
+        other = Allocation(rows)
+        if all(getattr(other, name) <= value for name, value in budget.items()):
+            fits.append(other.error)
+    assert all(getattr(given, name) <= value for name, value in budget.items())
+    assert given.error == pytest.approx(min(fits))
+
+
+def test_multiplications_are_those_of_the_cost_report() -> None:
+    from apot_fat import cost_report
+
+    model = create_model("resnet20", bits=32)
+    given = allocate_bits(model, torch.rand(4, 3, 16, 16), choices=(4, 8), average=8)
+    quantize(model, 8)
+    costs = {row.name: row.macs for row in cost_report(model, (3, 16, 16)).rows}
+    assert {row.name: row.macs for row in given.rows} == {row.name: costs[row.name] for row in given.rows}
+    assert "conv1" not in {row.name for row in given.rows}
+
+
+class Boxes(nn.Module):
+    """Its output is no tensor of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> list[int]:
+        return self.layers(x).argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"average": 1.5}, "average 1.5: 2 bits in every layer take 2 already"),
+        ({"bytes": 10}, "bytes 10: 2 bits in every layer take"),
+        ({"average": -1}, "average -1: give a positive number"),
+        ({"choices": ()}, r"choices \(\): give bits from 2 to 8"),
+        ({"choices": (1, 2)}, "choices: 1: choose an integer"),
+        ({"choices": (4, 32)}, r"choices \(4, 32\): give bits from 2 to 8"),
+        ({"method": "none"}, "unknown method"),
+    ],
+)
+def test_bad_budgets_are_named(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        allocate_bits(convolutional(), images(), **given)
+
+
+def test_a_network_without_a_measurable_output_is_refused() -> None:
+    model = Boxes()
+    with pytest.raises(ValueError, match="from which a loss can be told"):
+        allocate_bits(model, torch.rand(8, 4))
+    assert type(model.layers[1]) is nn.Linear
