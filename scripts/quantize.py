@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.loop import Result, evaluate
 
+RUN_OPTIONS = ("arch", "data", "test_data", "image_size", "device", "seed")
+
 
 def main(argv: list[str] | None = None) -> None:
     """Quantize, print what became of each layer and the accuracy before and after, and write a packed file."""
@@ -44,6 +45,13 @@ def main(argv: list[str] | None = None) -> None:
         "--images", type=int, default=1024, help="training images to look at, no labels (default: 1024)"
     )
     parser.add_argument("--reconstruct", action="store_true", help="tune each block to what it computed, on them")
+    parser.add_argument("--steps", type=int, default=Reconstruction.steps, help="of each block (default: %(default)s)")
+    parser.add_argument(
+        "--joint-steps",
+        type=int,
+        default=Reconstruction.joint_steps,
+        help="of all blocks together (default: %(default)s)",
+    )
     parser.add_argument("--edge-bits", type=int, default=8, help="of first and last layer: 8, or 32 for float")
     parser.add_argument("--seed", type=int, default=0, help="of images and reconstruction (default: 0)")
     for name, text in (
@@ -60,8 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(options.output)
     if output.suffix != PACKED_SUFFIX:
         raise ValueError(f"--output {output}: a packed file ends in {PACKED_SUFFIX}")
-    known = {field.name for field in fields(TrainConfig)} - {"init", "output"}
-    given = {name: value for name, value in vars(options).items() if name in known and value is not None}
+    given = {name: value for name in RUN_OPTIONS if (value := getattr(options, name)) is not None}
     config, model = _float_network(options.init, given)
     device = choose_device(config.device, config.gpu)
     set_numerics(config.numerics, device)
@@ -78,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.average is not None:
         overrides = allocate_bits(model, images, options.average, method=options.method)
         log.info("%s\n", overrides)
+    tuning = Reconstruction(options.steps, options.joint_steps, seed=config.seed)
     conversion = quantize(
         model,
         options.bits,
@@ -85,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         edge_bits=options.edge_bits,
         overrides=overrides,
         calibration=images,
-        reconstruct=Reconstruction(seed=config.seed) if options.reconstruct else False,
+        reconstruct=tuning if options.reconstruct else False,
     )
     seconds = time.monotonic() - begun
     size = save_packed(model, output)

@@ -160,6 +160,21 @@ def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
         ("evaluate.py", ("--init", full, "--bit", 32, "--data", many), "has 10 outputs"),
         ("progressive.py", ("--bits", "4,x"), "bits '4,x': expected bit-widths"),
         ("progressive.py", ("--bits", "4,9"), "bits 9: choose an integer"),
+        ("quantize.py", ("--init", full, "--output", "q.safetensors"), "does not record its network; give --arch"),
+        ("quantize.py", ("--init", full, "--arch", "res20", "--output", "q.pt"), "a packed file ends in .safetensors"),
+        ("quantize.py", ("--init", text, "--output", "q.safetensors"), "not a PyTorch checkpoint"),
+        ("quantize.py", ("--init", "torchvision", "--output", "q.safetensors"), "name the network with --arch"),
+        *(
+            ("quantize.py", ("--init", full, "--arch", "res20", "--output", "q.safetensors", *data, *argv), message)
+            for argv, message in (
+                (("--bits", 9), "bits 9: choose an integer from 2 to 8"),
+                (("--edge-bits", 4), "edge_bits 4: choose 8, or 32"),
+                (("--images", 0), "--images 0: give at least 1"),
+                (("--average", 1), "average 1: 2 bits in every layer take 2 already"),
+                (("--reconstruct", "--steps", -1), "steps -1: choose a number from 0"),
+                (("--method", "fft"), "invalid choice: 'fft'"),
+            )
+        ),
         ("show_params.py", (text,), "not a PyTorch checkpoint"),
         ("show_params.py", (full,), "holds no clipping thresholds"),
         ("report.py", ("absent", "--output", "r.html"), "absent: no such file or folder"),
@@ -214,7 +229,8 @@ def test_report_of_a_run_and_a_checkpoint(run: Run, data: tuple[object, ...], tm
 
 
 @pytest.mark.parametrize(
-    "script", ["benchmark.py", "train.py", "evaluate.py", "progressive.py", "show_params.py", "report.py"]
+    "script",
+    ["benchmark.py", "train.py", "evaluate.py", "progressive.py", "show_params.py", "report.py", "quantize.py"],
 )
 def test_help(run: Run, script: str) -> None:
     code, out, _ = run(script, "--help")

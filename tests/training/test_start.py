@@ -1,0 +1,95 @@
+"""How a run begins: reconstructed from the network before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apot_fat.checkpoint import read_checkpoint
+from apot_fat.quant.convert import Reconstruction
+from apot_fat.training import TrainConfig, train
+from apot_fat.training.build import load_config_dataset, unlabelled_images
+from apot_fat.training.folder import BEST, LAST, RunSummary
+
+CPU = torch.device("cpu")
+DIGITS: dict[str, Any] = {
+    "batch_size": 32,
+    "schedule": "cosine",
+    "flip": False,
+    "crop_padding": 1,
+    "histogram_every": 0,
+}
+STILL = {"lr": 1e-30, "act_alpha_lr": 1e-30, "weight_alpha_lr": 1e-30, "epochs": 1, "bn_batches": 40}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "apot_fat.training.start.Reconstruction", lambda seed: Reconstruction(steps=15, joint_steps=40, seed=seed)
+    )
+
+
+@pytest.fixture(scope="module")
+def fp32(tmp_path_factory: pytest.TempPathFactory) -> RunSummary:
+    """A network that has learned the digits."""
+    output = str(tmp_path_factory.mktemp("fp32"))
+    return train(TrainConfig(bit=32, epochs=5, **DIGITS, output=output))
+
+
+def config(source: RunSummary, output: Path, **values: Any) -> TrainConfig:
+    settings = {**DIGITS, "bit": 3, "threshold_init": "mse", "init": str(source.folder / BEST)}
+    return TrainConfig(**{**settings, "output": str(output), **values})
+
+
+@pytest.mark.parametrize("preset", ["apot-cifar", "fat-cifar"])
+def test_a_run_begins_close_to_the_network_before_it(fp32: RunSummary, tmp_path: Path, preset: str) -> None:
+    assert fp32.best > 90
+    # batch norms learn from the epoch's images, so that only the average, estimated on them, is the start's
+    options = {**STILL, "bit": 2, "preset": preset, "ema_decay": 0.5}
+    before = train(config(fp32, tmp_path / "before", **options))
+    after = train(config(fp32, tmp_path / "after", reconstruct=256, **options))
+    assert after.best > fp32.best - 6
+    assert after.best > before.best + 3
+
+
+def test_a_stage_begins_from_one_of_other_bits(fp32: RunSummary, tmp_path: Path) -> None:
+    four = train(config(fp32, tmp_path, bit=4, reconstruct=256, **STILL))
+    three = train(config(four, tmp_path, reconstruct=256, **STILL))
+    assert three.best > fp32.best - 6
+
+
+def test_it_is_not_begun_twice_and_goes_on_to_the_same_bits(fp32: RunSummary, tmp_path: Path) -> None:
+    states = []
+    for name, epochs in (("whole", (2,)), ("resumed", (1, 2))):
+        for count in epochs:
+            values = {"reconstruct": 64, "epochs": count, "lr": 0.01, "schedule": "step"}
+            run = train(config(fp32, tmp_path / name, **values), resume="auto")
+        states.append(read_checkpoint(run.folder / LAST)["state_dict"])
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_images_are_some_of_the_training_images_and_no_more_than_there_are(tmp_path: Path) -> None:
+    run = TrainConfig(output=str(tmp_path))
+    images = load_config_dataset(run).train
+    assert images is not None
+    some, again = (torch.cat(unlabelled_images(run, images, 50, CPU)) for _ in range(2))
+    assert len(some) == 50
+    assert torch.equal(some, again)
+    everything = torch.cat(unlabelled_images(run, images, 10_000, CPU))
+    assert len(everything) == len(images)
+    assert len(torch.unique(everything.flatten(1), dim=0)) > 1_400
+
+
+def test_what_cannot_be_is_said(fp32: RunSummary, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="reconstruct 64: name the network to come close to with --init"):
+        TrainConfig(reconstruct=64)
+    with pytest.raises(ValueError, match="reconstruct -1: expected an integer at least 0"):
+        TrainConfig(reconstruct=-1)
+    other = config(fp32, tmp_path, reconstruct=64, mean=(0.1, 0.1, 0.1))
+    with pytest.raises(ValueError, match="normalised by other means"):
+        train(other)
+    assert train(config(fp32, tmp_path, bit=32, epochs=1, reconstruct=64)).bits == 32  # nothing to tune
