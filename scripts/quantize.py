@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from argparse import BooleanOptionalAction
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.loop import Result, evaluate
 
-RUN_OPTIONS = ("arch", "data", "test_data", "image_size", "device", "seed")
+RUN_OPTIONS = ("arch", "data", "test_data", "image_size", "device", "seed", "flip")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--method", choices=list(METHODS), default="apot", help="levels (default: apot)")
     parser.add_argument(
         "--images", type=int, default=1024, help="training images to look at, no labels (default: 1024)"
+    )
+    parser.add_argument(
+        "--flip", action=BooleanOptionalAction, help="look at their mirror images too (default: as trained)"
     )
     parser.add_argument("--reconstruct", action="store_true", help="tune each block to what it computed, on them")
     parser.add_argument("--steps", type=int, default=Reconstruction.steps, help="of each block (default: %(default)s)")
@@ -100,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     log.info("%s\n", conversion)
     after = _test(model, config, dataset, device)
     how = "reconstructed" if options.reconstruct else "calibrated"
-    for result, network in ((before, "float"), (after, f"{options.method}, {how} on {sum(map(len, images)):,} images")):
+    shown = f"{min(options.images, len(dataset.train)):,} images{' and their mirror images' if config.flip else ''}"
+    for result, network in ((before, "float"), (after, f"{options.method}, {how} on {shown}")):
         counts = f"{result.correct:,} of {result.total:,} correct"
         log.info("%s, %.3f%%: %s (%s, test)", counts, result.top1, network, config.test_data or dataset.name)
     log.info("%s: %s bytes, in %.0f s", output, f"{size:,}", seconds)

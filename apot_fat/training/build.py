@@ -97,9 +97,13 @@ def sample_images(config: TrainConfig, images: ImageSet | FileSet, device: torch
 def unlabelled_images(
     config: TrainConfig, images: ImageSet | FileSet, count: int, device: torch.device
 ) -> list[Tensor]:
-    """Batches of so many images (all where there are fewer), chosen at random by the seed, as in evaluation."""
+    """Batches of so many images (all where there are fewer), chosen at random by the seed, as in evaluation.
+
+    Where training mirrors images (``flip``), their mirror images follow.
+    """
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))[:count]
-    return [batch.x for batch in make_batches(config, images.subset(chosen), device)]
+    batches = [batch.x for batch in make_batches(config, images.subset(chosen), device)]
+    return [*batches, *(x.flip(3) for x in batches)] if config.flip else batches
 
 
 def default_workers() -> int:

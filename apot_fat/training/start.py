@@ -54,7 +54,9 @@ def reconstruct_start(
         reference.to(memory_format=torch.channels_last)
     batches = unlabelled_images(config, images, config.reconstruct, device)
     reconstruct(model, reference, batches, Reconstruction(seed=config.seed))
-    log.info("reconstructed from %s on %d images", config.init, sum(map(len, batches)))
+    mirrored = " and their mirror images" if config.flip else ""
+    count = min(config.reconstruct, len(images))
+    log.info("reconstructed from %s on %d images%s", config.init, count, mirrored)
 
 
 def _network_of_init(config: TrainConfig, num_classes: int) -> nn.Module:

@@ -11,7 +11,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from functools import partial
+from typing import Any, Generic, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear, keep_t
 from apot_fat.quant.watching import evaluation_mode, watch_outputs
 
 _NORMS = (BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+T = TypeVar("T")
 _SMALLEST = 1e-3  # size of parameters that are 0
 
 
@@ -47,12 +49,12 @@ class Reconstruction:
         ValueError: a value out of range.
     """
 
-    steps: int = 250
-    joint_steps: int = 600
+    steps: int = 150
+    joint_steps: int = 1500
     batch_size: int = 32
     drop: float = 0.5
     lr: float = 0.01
-    joint_lr: float = 0.003
+    joint_lr: float = 0.006
     seed: int = 0
     memory: int | None = None
 
@@ -120,35 +122,23 @@ def tune_blocks(model: nn.Module, reference: nn.Module, batches: list[Any], opti
     keep_thresholds_positive(model)
 
 
-class _Kept:
-    """What a block takes, behind quantized and behind float blocks, and what it gives, for each part of the inputs.
+class _Kept(Generic[T]):
+    """A value for each part of the inputs, kept if all of them fit into memory, else computed again each time."""
 
-    Kept if it fits into memory, else computed again each time.
-    """
-
-    def __init__(
-        self, model: nn.Module, reference: nn.Module, block: Block, parts: list[Any], memory: int | None
-    ) -> None:
-        self.model, self.reference, self.block, self.parts = model, reference, block, parts
-        first = self._compute(0)
+    def __init__(self, compute: Callable[[int], T], parts: int, memory: int) -> None:
+        self.compute = compute
+        first = compute(0)
         size = sum(x.numel() * x.element_size() for x in tree_leaves(first) if isinstance(x, Tensor))
-        device = next(model.parameters()).device
-        self.fits = size * len(parts) <= (_free_memory(device) // 2 if memory is None else memory)
+        self.fits = size * parts <= memory
         self.kept = {0: first} if self.fits else {}
 
-    def __getitem__(self, place: int) -> tuple[Inputs, Inputs, list[Tensor]]:
+    def __getitem__(self, place: int) -> T:
         if place in self.kept:
             return self.kept[place]
-        values = self._compute(place)
+        value = self.compute(place)
         if self.fits:
-            self.kept[place] = values
-        return values
-
-    @torch.no_grad()
-    def _compute(self, place: int) -> tuple[Inputs, Inputs, list[Tensor]]:
-        part = self.parts[place]
-        quantized, exact = self.block.inputs(self.model, part), self.block.inputs(self.reference, part)
-        return quantized, exact, self.block.run(self.reference, cloned(exact))
+            self.kept[place] = value
+        return value
 
 
 def _free_memory(device: torch.device) -> int:
@@ -190,7 +180,7 @@ class _Tuner:
         return {part for module in block.modules(self.model) for part in module.modules()}
 
     def _tune_block(self, block: Block) -> None:
-        kept = _Kept(self.model, self.reference, block, self.parts, self.options.memory)
+        kept = self._kept(partial(self._around, block))
         within = self._within(block)
         norms = [norm for norm in self.norms if norm in within]
 
@@ -205,6 +195,18 @@ class _Tuner:
 
         self._minimize(loss, error, within, norms, self.options.steps, self.options.lr, 1)
 
+    @torch.no_grad()
+    def _around(self, block: Block, place: int) -> tuple[Inputs, Inputs, list[Tensor]]:
+        # what it takes behind the quantized blocks and behind those of the reference, and what it gives there
+        part = self.parts[place]
+        quantized, exact = block.inputs(self.model, part), block.inputs(self.reference, part)
+        return quantized, exact, block.run(self.reference, cloned(exact))
+
+    def _kept(self, compute: Callable[[int], T]) -> _Kept[T]:
+        memory = self.options.memory
+        device = next(self.model.parameters()).device
+        return _Kept(compute, len(self.parts), _free_memory(device) // 2 if memory is None else memory)
+
     def _tune_together(self, blocks: list[Block]) -> None:
         def outputs(network: nn.Module, place: int) -> list[list[Tensor]]:
             given: dict[nn.Module, list[Tensor]] = {}
@@ -214,11 +216,10 @@ class _Tuner:
             return [given[module] for module in last]
 
         def loss(place: int) -> Tensor:
-            with torch.no_grad():
-                targets = outputs(self.reference, place)
-            return torch.stack(
-                [_distance(*pair) for pair in zip(outputs(self.model, place), targets, strict=True)]
-            ).mean()
+            pairs = zip(outputs(self.model, place), targets[place], strict=True)
+            return torch.stack([_distance(y, target) for y, target in pairs]).mean()
+
+        targets = self._kept(torch.no_grad()(partial(outputs, self.reference)))
 
         def error() -> float:
             self.estimate_norms()
@@ -242,15 +243,13 @@ class _Tuner:
         cost: int,
     ) -> None:
         """Adam on the modules' parameters, its step falling as a cosine; undone where ``error`` has grown."""
-        parameters = list(
-            dict.fromkeys(p for module in self.model.modules() if module in within for p in _tuned(module))
-        )
+        modules = [module for module in self.model.modules() if module in within]
+        parameters = list(dict.fromkeys(p for module in modules for p in _tuned(module)))
         with torch.no_grad():
             before, worst = [p.clone() for p in parameters], error()
             sizes = torch.stack([p.float().square().mean().sqrt().clamp(min=_SMALLEST) for p in parameters]).tolist()
-        optimizer = torch.optim.Adam(
-            {"params": [p], "lr": lr * size} for p, size in zip(parameters, sizes, strict=True)
-        )
+        groups = [{"params": [p], "lr": lr * size} for p, size in zip(parameters, sizes, strict=True)]
+        optimizer = torch.optim.Adam(groups, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
         for norm in norms:
             norm.train()
