@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torch import nn
 
-from apot_fat import export_onnx, load_packed, quantize, save_packed
+from apot_fat import Reconstruction, export_onnx, load_packed, quantize, save_packed
 
 timm = pytest.importorskip("timm")
 
@@ -127,8 +127,8 @@ class Detector(nn.Module):
         return heads
 
 
-def eight_bit_error(name: str, method: str) -> float:
-    """Relative error of a network's output on the inputs it was calibrated with."""
+def network_and_inputs(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A network that was not trained, in evaluation mode, and some of what it takes."""
     torch.manual_seed(0)
     model: nn.Module
     if name == "language block":
@@ -140,7 +140,13 @@ def eight_bit_error(name: str, method: str) -> float:
         head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
         if head and not head[0].weight.any():
             nn.init.normal_(head[0].weight, std=0.05)
-    error = quantize(model.eval(), 8, method, calibration=inputs).error
+    return model.eval(), inputs
+
+
+def eight_bit_error(name: str, method: str) -> float:
+    """Relative error of a network's output on the inputs it was calibrated with."""
+    model, inputs = network_and_inputs(name)
+    error = quantize(model, 8, method, calibration=inputs).error
     assert error is not None
     print(f"\n{name} | {method} | 8 bits, calibrated: error {error:.3f}")
     return error
@@ -165,3 +171,26 @@ def test_at_eight_bits_every_network_computes_what_it_did(method: str) -> None:
     print(f"{method}: largest {max(errors):.3f}, median {statistics.median(errors):.3f}")
     assert max(errors) <= 0.1
     assert statistics.median(errors) <= 0.05
+
+
+SOON = ("shufflenet_v2_x1_0", "language block")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in SOON else pytest.mark.slow)
+        for name in (*NETWORKS, "language block", "detector")
+    ],
+)
+def test_a_network_is_reconstructed(name: str) -> None:
+    model, inputs = network_and_inputs(name)
+    calibrated, few = copy.deepcopy(model), Reconstruction(steps=4, joint_steps=8, batch_size=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = quantize(calibrated, 3, calibration=inputs).error
+        after = quantize(model, 3, calibration=inputs, reconstruct=few).error
+    assert before is not None
+    assert after is not None
+    print(f"\n{name}, 3 bits: error {before:.3f}, after a few steps {after:.3f}")
+    assert after < 1.1 * before

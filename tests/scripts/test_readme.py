@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from apot_fat import Reconstruction
 from apot_fat.checkpoint import write_checkpoint
 from apot_fat.data import NAMED
 from apot_fat.export import WRITERS
 from apot_fat.models import create_model
 from apot_fat.models.registry import _REGISTRY
+from apot_fat.quant import quant_layers
 from apot_fat.quant.levels import LEVEL_FAMILIES, level_set
 from apot_fat.quant.spec import PRESETS
 
@@ -25,7 +27,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 Run = Callable[..., tuple[int, str, str]]
 
 # stands in for CIFAR-10 and hundreds of epochs: added, with a few random images, to commands that name no data
-SMALL = {"train.py": ("--epochs", 1, "-b", 16), "progressive.py": ("--epochs", 1, "-b", 16, "--bits", "4,3")}
+SMALL: dict[str, tuple[object, ...]] = {
+    "train.py": ("--epochs", 1, "-b", 16),
+    "progressive.py": ("--epochs", 1, "-b", 16, "--bits", "4,3"),
+}
+SMALL["quantize.py"] = ("--images", 16, "--steps", 1, "--joint-steps", 1)
 EXCEPTED = {
     "torchrun": "several GPUs; tests/training/test_distributed.py runs two processes",
     "configs/imagenet": "ImageNet; tests/training/test_recipes.py reads every recipe",
@@ -52,8 +58,9 @@ def _files_it_names(run: Run) -> None:
         np.savez(f"{name}.npz", images=images, labels=labels)
     for folder in ("configs", "checkpoints"):
         Path(folder).symlink_to(ROOT / folder)
-    Path("res20_3bit").mkdir()
-    write_checkpoint({"state_dict": create_model("res20", bits=3).state_dict()}, "res20_3bit/model_best.pth.tar")
+    for bits in (3, 32):
+        network = {"state_dict": create_model("res20", bits=bits).state_dict()}
+        write_checkpoint(network, f"res20_{bits}bit/model_best.pth.tar")
 
 
 @pytest.mark.usefixtures("_files_it_names")
@@ -112,9 +119,14 @@ def test_the_scripts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)
     own = [block for block in blocks("python") if block not in README.split("## Contribute")[1]]
-    assert len(own) == 2
+    assert len(own) == 3
+    defaults = Reconstruction.__init__.__defaults__
+    assert defaults is not None
+    monkeypatch.setattr(Reconstruction.__init__, "__defaults__", (2, 2, *defaults[2:]))  # steps
+    net = create_model("resnet20", bits=32)
     for block in own:
-        exec(block, {"__name__": "readme"})
+        exec(block, {"__name__": "readme", "net": net, "images": torch.rand(16, 3, 8, 8)})
+    assert {layer.spec.weight_bits for _, layer in quant_layers(net)} == {3}
     found = re.search(r"^(\d+\.\d)% of 397 test digits$", capsys.readouterr().out, re.MULTILINE)
     assert found
     assert float(found[1]) > 50
