@@ -3,13 +3,19 @@ from __future__ import annotations
 import copy
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from apot_fat import allocate_bits, quantize
+from apot_fat import allocate_bits, load_weights, quantize
+from apot_fat.data.normalization import CIFAR_APOT
 from apot_fat.models import create_model
 from apot_fat.quant import quant_layers
 from apot_fat.quant.convert.allocation import Allocation
@@ -120,3 +126,57 @@ def test_a_network_without_a_measurable_output_is_refused() -> None:
     with pytest.raises(ValueError, match="from which a loss can be told"):
         allocate_bits(model, torch.rand(8, 4))
     assert type(model.layers[1]) is nn.Linear
+
+
+def released_network(reference: Path) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """The released fp32 ResNet-20; images to calibrate on, test images and their labels."""
+    model = create_model("resnet20", bits=32)
+    load_weights(model, reference / "reference/released/res20_32bit/model_best.pth.tar")
+    mean, std = (torch.tensor(channels).view(3, 1, 1) for channels in CIFAR_APOT)
+    images, labels = {}, {}
+    for part in ("train", "test"):
+        with np.load(reference / f"data/cifar10_lossless_{part}.npz") as content:
+            images[part] = (torch.from_numpy(content["images"]).float() / 255 - mean) / std
+            labels[part] = torch.from_numpy(content["labels"])
+    return model.eval(), images["train"][:1024], images["test"], labels["test"]
+
+
+def digits_network() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """MobileNetV2 of torchvision, trained here on the digits at 32 × 32."""
+    torch.manual_seed(0)
+    images, labels = load_digits(return_X_y=True)
+    x = F.interpolate(torch.tensor(images / 8 - 1).float().reshape(-1, 1, 8, 8), size=32).repeat(1, 3, 1, 1)
+    y = torch.tensor(labels)
+    model = torchvision.models.mobilenet_v2(num_classes=10)
+    epochs = 8
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * 14)
+    for batch in torch.cat([torch.randperm(1400) for _ in range(epochs)]).split(100):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval(), x[:1000], x[1400:], y[1400:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["resnet20", "mobilenet_v2"])
+def test_three_bits_on_average_beat_three_bits_everywhere(network: str, request: pytest.FixtureRequest) -> None:
+    reference = request.getfixturevalue("reference") if network == "resnet20" else Path()
+    model, x, tested, labels = released_network(reference) if network == "resnet20" else digits_network()
+    counts, errors = [], []
+    given = allocate_bits(model, x, average=3.0)
+    print(f"\n{network}\n{given}")
+    for overrides in (None, given):
+        quantized = copy.deepcopy(model)
+        done = quantize(quantized, 3, overrides=overrides, calibration=x)
+        assert done.error is not None
+        with torch.inference_mode():
+            counts.append(int((quantized(tested).argmax(1) == labels).sum()))
+        errors.append(done.error)
+    with torch.inference_mode():
+        exact = int((model(tested).argmax(1) == labels).sum())
+    print(f"of {len(labels):,} images: float {exact}, 3 bits everywhere {counts[0]}, on average {counts[1]}; {errors}")
+    assert given.bytes <= sum(-(-row.weights * 3 // 8) for row in given.rows)
+    assert counts[1] > counts[0]
+    assert errors[1] < errors[0]
