@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from argparse import BooleanOptionalAction
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.loop import Result, evaluate
 
-RUN_OPTIONS = ("arch", "data", "test_data", "image_size", "device", "seed", "flip")
+RUN_OPTIONS = ("arch", "data", "test_data", "image_size", "device", "seed")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,9 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--images", type=int, default=1024, help="training images to look at, no labels (default: 1024)"
     )
-    parser.add_argument(
-        "--flip", action=BooleanOptionalAction, help="look at their mirror images too (default: as trained)"
-    )
+    parser.add_argument("--no-augment", action="store_true", help="look at them as they are, not also as in training")
     parser.add_argument("--reconstruct", action="store_true", help="tune each block to what it computed, on them")
     parser.add_argument("--steps", type=int, default=Reconstruction.steps, help="of each block (default: %(default)s)")
     parser.add_argument(
@@ -81,9 +78,10 @@ def main(argv: list[str] | None = None) -> None:
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
 
+    output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
     before = _test(model, config, dataset, device)
     assert dataset.train is not None
-    images = unlabelled_images(config, dataset.train, options.images, device)
+    images = unlabelled_images(config, dataset.train, options.images, device, augmented=not options.no_augment)
     begun = time.monotonic()
     overrides = None
     if options.average is not None:
@@ -104,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     log.info("%s\n", conversion)
     after = _test(model, config, dataset, device)
     how = "reconstructed" if options.reconstruct else "calibrated"
-    shown = f"{min(options.images, len(dataset.train)):,} images{' and their mirror images' if config.flip else ''}"
+    shown = f"{min(options.images, len(dataset.train)):,} images"
     for result, network in ((before, "float"), (after, f"{options.method}, {how} on {shown}")):
         counts = f"{result.correct:,} of {result.total:,} correct"
         log.info("%s, %.3f%%: %s (%s, test)", counts, result.top1, network, config.test_data or dataset.name)

@@ -34,6 +34,8 @@ from apot_fat.training.teacher import load_teacher, teacher_path
 
 FILE_SIZE = 224
 """Height and width that image files are brought to, pixels."""
+MORE_VIEWS = 1
+"""How often ``unlabelled_images`` come as in training, after once as in evaluation."""
 
 
 def load_config_dataset(config: TrainConfig, *, need_train: bool = True) -> Dataset:
@@ -95,15 +97,21 @@ def sample_images(config: TrainConfig, images: ImageSet | FileSet, device: torch
 
 
 def unlabelled_images(
-    config: TrainConfig, images: ImageSet | FileSet, count: int, device: torch.device
+    config: TrainConfig, images: ImageSet | FileSet, count: int, device: torch.device, *, augmented: bool = True
 ) -> list[Tensor]:
-    """Batches of so many images (all where there are fewer), chosen at random by the seed, as in evaluation.
+    """Batches of so many images (all where there are fewer), chosen at random by the seed.
 
-    Where training mirrors images (``flip``), their mirror images follow.
+    First as in evaluation; then, if ``augmented``, ``MORE_VIEWS`` times as in training, cropped and mirrored at random.
     """
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))[:count]
-    batches = [batch.x for batch in make_batches(config, images.subset(chosen), device)]
-    return [*batches, *(x.flip(3) for x in batches)] if config.flip else batches
+    chosen = images.subset(torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))[:count])
+    found = [batch.x for batch in make_batches(config, chosen, device)]
+    if augmented:
+        whole = replace(config, batch_size=min(config.batch_size, len(chosen)))
+        batches = make_batches(whole, chosen, device, training=True).unmixed()
+        for epoch in range(MORE_VIEWS):
+            batches.set_epoch(epoch)
+            found += [batch.x for batch in batches]
+    return found
 
 
 def default_workers() -> int:

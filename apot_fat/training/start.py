@@ -54,9 +54,7 @@ def reconstruct_start(
         reference.to(memory_format=torch.channels_last)
     batches = unlabelled_images(config, images, config.reconstruct, device)
     reconstruct(model, reference, batches, Reconstruction(seed=config.seed))
-    mirrored = " and their mirror images" if config.flip else ""
-    count = min(config.reconstruct, len(images))
-    log.info("reconstructed from %s on %d images%s", config.init, count, mirrored)
+    log.info("reconstructed from %s on %d images", config.init, min(config.reconstruct, len(images)))
 
 
 def _network_of_init(config: TrainConfig, num_classes: int) -> nn.Module:

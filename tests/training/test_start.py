@@ -73,17 +73,21 @@ def test_it_is_not_begun_twice_and_goes_on_to_the_same_bits(fp32: RunSummary, tm
 
 
 def test_images_are_some_of_the_training_images_and_no_more_than_there_are(tmp_path: Path) -> None:
-    run = TrainConfig(output=str(tmp_path), flip=False)
+    run = TrainConfig(output=str(tmp_path), flip=False, crop_padding=0)
     images = load_config_dataset(run).train
     assert images is not None
-    some, again = (torch.cat(unlabelled_images(run, images, 50, CPU)) for _ in range(2))
+    some, again = (torch.cat(unlabelled_images(run, images, 50, CPU, augmented=False)) for _ in range(2))
     assert len(some) == 50
     assert torch.equal(some, again)
-    mirrored = torch.cat(unlabelled_images(TrainConfig(output=str(tmp_path)), images, 50, CPU))
-    assert torch.equal(mirrored, torch.cat([some, some.flip(3)]))
-    everything = torch.cat(unlabelled_images(run, images, 10_000, CPU))
+    views = torch.cat(unlabelled_images(run, images, 50, CPU))
+    assert len(views) == 100
+    assert torch.equal(torch.unique(views, dim=0), torch.unique(some, dim=0))  # nothing is cropped or mirrored
+    cropped = torch.cat(unlabelled_images(TrainConfig(output=str(tmp_path)), images, 50, CPU))
+    assert torch.equal(cropped[:50], some)
+    assert len(torch.unique(cropped, dim=0)) > 80
+    everything = torch.cat(unlabelled_images(run, images, 10_000, CPU, augmented=False))
     assert len(everything) == len(images)
-    assert len(torch.unique(everything.flatten(1), dim=0)) > 1_400
+    assert len(torch.unique(everything, dim=0)) > 1_400
 
 
 def test_what_cannot_be_is_said(fp32: RunSummary, tmp_path: Path) -> None:
