@@ -218,7 +218,7 @@ def test_bad_requests_change_nothing(trained: Net) -> None:
 def test_the_released_network_is_reconstructed(bits: int, at_least: int, reference: Path) -> None:
     model = create_model("resnet20", bits=32)
     load_weights(model, reference / "reference/released/res20_32bit/model_best.pth.tar")
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     mean, std = (torch.tensor(channels).view(3, 1, 1) for channels in CIFAR_APOT)
     sets = {}
     for part in ("train", "test"):
