@@ -88,9 +88,9 @@ def cloned(inputs: Inputs) -> Inputs:
 def find_blocks(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> list[Block]:
     """The blocks of a network, in the order in which they run.
 
-    From the network down, a module is a block if it holds no more than ``MOST_LAYERS`` of the layers and runs once;
-    ``Sequential`` and other containers that hold several are opened, and so is the network itself. What remains are
-    single layers.
+    From the network down, a module is a block if it holds no more than ``MOST_LAYERS`` of the layers, runs once and
+    gives floating tensors; ``Sequential`` and other containers that hold several are opened, and so is the network
+    itself. What remains are single layers.
 
     Args:
         layers: those to be tuned, by name.
@@ -109,11 +109,14 @@ def find_blocks(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -
             ends[module] = found[1]
 
     def after(module: nn.Module, _: Any, output: Any) -> None:
+        if floating(output):
+            gives.add(module)
         layer = module if module in behind else ends.pop(module, None)
         if layer is not None and isinstance(output, Tensor):
             given[id(output)] = output, layer
 
     ends: dict[nn.Module, nn.Module] = {}
+    gives: set[nn.Module] = set()  # floating tensors
     handles = [
         hook
         for module in names
@@ -135,7 +138,7 @@ def find_blocks(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -
                     break
                 chain.append(following)
             yield Block(tuple(names[one] for one in chain))
-        elif held and name and _is_block(module, held) and calls.get(module) == 1:
+        elif held and name and module in gives and _is_block(module, held) and calls.get(module) == 1:
             yield Block((name,))
         elif held:
             for child_name, child in module.named_children():

@@ -256,8 +256,11 @@ class _Tuner:
         order: list[int] = []
         for _ in range(steps):
             order = order or torch.randperm(len(self.parts)).tolist()
+            distance = loss(order.pop())
+            if not distance.requires_grad:  # the network runs it without gradients
+                break
             optimizer.zero_grad()
-            loss(order.pop()).backward()
+            distance.backward()
             optimizer.step()
             schedule.step()
             self.bar.update(cost)

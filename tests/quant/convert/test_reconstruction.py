@@ -189,6 +189,27 @@ def test_a_transformer_that_takes_its_inputs_by_name() -> None:
     assert after.error < 0.8 * before.error
 
 
+class Frozen(Net):
+    """Its first block runs without gradients, and its output is no tensor."""
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            x = self.first(self.norm(self.stem(x)))
+        return self.head(F.relu(self.second(x)).mean((2, 3))).argmax(1).tolist()
+
+
+def test_a_part_that_runs_without_gradients_is_tuned_as_a_block() -> None:
+    torch.manual_seed(0)
+    model = Frozen().eval()
+    before = copy.deepcopy(model)
+    done = quantize(model, 3, calibration=images(), reconstruct=QUICK)
+    assert done.error is None
+    for block in ("first", "second"):
+        assert not torch.equal(
+            model.get_parameter(f"{block}.conv1.weight"), before.get_parameter(f"{block}.conv1.weight")
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
