@@ -184,7 +184,8 @@ class ImageBatches(PlannedBatches):
         """Choose the epoch whose order and augmentation the next iteration has."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[Batch]:
+    def since(self, start: int) -> Iterator[Batch]:
+        """The epoch's batches from one on, the same as in the whole epoch; those before are not made."""
         count, device = self.num_images, self.labels_N.device
         generator = epoch_generator(self.seed, self.epoch)
         order_N = self.plan.order(generator)
@@ -207,7 +208,7 @@ class ImageBatches(PlannedBatches):
                 x = cut_out(x, self.mixing.cutout, draws.centers_N2[positions])
             return x, self.labels_N[indices]
 
-        for part, share, ends_step in self.plan.slices():
+        for part, share, ends_step in self.plan.slices(start):
             x, labels = images_at(part)
             others = own_share = None
             if draws.shares_N is not None:

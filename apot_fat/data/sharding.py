@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple, Protocol, Self
 
 import torch
@@ -148,13 +150,13 @@ class EpochPlan:
         size = (self.count - start).clamp(max=self.batch_size)
         return start + (positions - start + 1) % size
 
-    def slices(self) -> Iterator[tuple[slice, float, bool]]:
-        """(slice of the order, share, whether it ends a step) of each batch of this process."""
+    def slices(self, start: int = 0) -> Iterator[tuple[slice, float, bool]]:
+        """(slice of the order, share, whether it ends a step) of each batch of this process, from one on."""
         divide = self.sharding.training_slices if self.training else self.sharding.evaluation_slices
-        return divide(self.count, self.batch_size)
+        return islice(divide(self.count, self.batch_size), start, None)
 
 
-class PlannedBatches:
+class PlannedBatches(ABC):
     """What batches that follow an ``EpochPlan`` share."""
 
     plan: EpochPlan
@@ -178,6 +180,18 @@ class PlannedBatches:
     def num_images(self) -> int:
         """Images an epoch, over all processes."""
         return self.plan.count
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.since(0)
+
+    @abstractmethod
+    def since(self, start: int) -> Iterator[Batch]:
+        """The epoch's batches from one on, the same as in the whole epoch; those before are not made."""
+
+
+def batches_since(batches: Batches, start: int) -> Iterator[Batch]:
+    """The epoch's batches from one on; those before are made and left out only if they follow no ``EpochPlan``."""
+    return batches.since(start) if isinstance(batches, PlannedBatches) else islice(batches, start, None)
 
 
 def epoch_generator(seed: int, epoch: int, index: int = 0) -> torch.Generator:

@@ -51,8 +51,8 @@ def load_dataset(
 
     Args:
         source: ``digits``, ``cifar10``, ``cifar100``; a folder with ``train/CLASS/*`` and ``test/CLASS/*`` (or
-            ``val``); ``imagenet``, such a folder under ``root``; or an ``.npz`` file with ``images`` uint8 (N, 3, H, W)
-            or (N, H, W, 3) and ``labels``.
+            ``val``), where folders and images may be symbolic links; ``imagenet``, such a folder under ``root``; or an
+            ``.npz`` file with ``images`` uint8 (N, 3, H, W) or (N, H, W, 3) and ``labels``.
         test_source: a folder of class folders or an ``.npz`` with the test images, instead of the source's.
         root: where CIFAR is, or is downloaded to.
         image_size: height and width that images are brought to (shorter side resized, centre cropped), pixels.
@@ -65,7 +65,8 @@ def load_dataset(
         The ``Dataset``; its ``train`` may be None when not needed.
 
     Raises:
-        ValueError: an unknown name, a missing or damaged file, images of several sizes without ``image_size``.
+        ValueError: an unknown name, a missing or damaged file, a broken link, images of several sizes without
+            ``image_size``.
     """
     if image_size is not None and not 4 <= image_size <= 1024:
         raise ValueError(f"image_size {image_size}: choose 4 to 1024 pixels")
@@ -77,6 +78,7 @@ def load_dataset(
             dataset = replace(dataset, test=_read_set(Path(test_source), image_size, dataset.classes, stream)[0])
     else:
         path = Path(root) / "imagenet" if source == "imagenet" else Path(source)
+        _check_link(path)
         if source == "imagenet" and not path.exists():
             raise ValueError(
                 f"ImageNet is not at {path}: put or link its folder (train/ and val/) there, or name it with --data"
@@ -143,6 +145,8 @@ def _from_path(path: Path, test_source: str | None, image_size: int | None, need
             f"choose {', '.join(NAMED)}, a folder, or an .npz file"
         )
     train_path, test_path = path, Path(test_source) if test_source else None
+    for name in ("train", "test", "val"):
+        _check_link(path / name)
     if path.is_dir() and (path / "train").is_dir():
         train_path = path / "train"
         held = [path / name for name in ("test", "val") if (path / name).is_dir()]
@@ -165,6 +169,7 @@ def _from_path(path: Path, test_source: str | None, image_size: int | None, need
 def _read_set(
     path: Path, image_size: int | None, classes: tuple[str, ...] | None, stream: bool
 ) -> tuple[ImageSet | FileSet, tuple[str, ...]]:
+    _check_link(path)
     if not path.exists():
         raise ValueError(f"no images at {path}")
     if not path.is_dir():
@@ -197,7 +202,7 @@ def _read_npz(path: Path, image_size: int | None, classes: tuple[str, ...] | Non
 
 
 def _list_folder(path: Path, classes: tuple[str, ...] | None) -> tuple[FileSet, tuple[str, ...]]:
-    found = tuple(sorted(entry.name for entry in _entries_inside(path, path) if entry.is_dir()))
+    found = tuple(sorted(_class_folders(path)))
     if not found:
         raise ValueError(f"{path}: holds no class folders")
     unknown = sorted(set(found) - set(classes or found))
@@ -207,26 +212,43 @@ def _list_folder(path: Path, classes: tuple[str, ...] | None) -> tuple[FileSet, 
     index = {name: label for label, name in enumerate(classes)}
     files, labels = [], []
     for name in found:
-        inside = sorted(
-            (e for e in _entries_inside(path / name, path) if Path(e.name).suffix.lower() in IMAGE_SUFFIXES),
-            key=lambda e: e.name,
-        )
-        files += [os.fsencode(entry.path) for entry in inside]
+        inside = sorted(_image_files(path / name))
+        files += [os.fsencode(file) for file in inside]
         labels += [index[name]] * len(inside)
     if not files:
         raise ValueError(f"{path}: its class folders hold no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return FileSet(np.array(files), torch.tensor(labels)), classes
 
 
-def _entries_inside(folder: Path, root: Path) -> Iterator[os.DirEntry[str]]:
-    # what a folder holds; a set of images from elsewhere must not read other files through links
+def _class_folders(path: Path) -> Iterator[str]:
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                _check_link(Path(entry.path))
+                if path.resolve().is_relative_to(Path(entry.path).resolve()):
+                    raise ValueError(f"{entry.path}: a symbolic link to a folder that holds it, no class; remove it")
+            if entry.is_dir():
+                yield entry.name
+
+
+def _image_files(folder: Path) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root.resolve()):
-                raise ValueError(
-                    f"{entry.path}: a symbolic link out of {root}; put a copy there, or link {root} itself"
-                )
-            yield entry
+            if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+                if entry.is_symlink():
+                    _check_link(Path(entry.path))
+                yield entry.path
+
+
+def _check_link(path: Path) -> None:
+    # links are followed, wherever they lead: clusters hold ImageNet, and people make subsets, as folders of links
+    if not path.is_symlink():
+        return
+    try:
+        path.stat()
+    except OSError as error:
+        reason = f"a broken symbolic link to {os.readlink(path)} ({error.strerror})"
+        raise ValueError(f"{path}: {reason}; mend or remove it") from error
 
 
 def _decode_all(files: FileSet, path: Path, image_size: int | None) -> ImageSet:

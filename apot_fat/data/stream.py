@@ -16,6 +16,7 @@ from apot_fat.data.decoding import read_image
 from apot_fat.data.images import FileSet, normalize
 from apot_fat.data.mixing import Mixing, cut_out, mixup
 from apot_fat.data.sharding import Batch, EpochPlan, PlannedBatches, Sharding, epoch_generator, mix_seed
+from apot_fat.data.workers import begin_worker, start_fork_server
 
 CROPS = ("resize-crop", "random-resized-crop")
 ON_DAMAGED = ("error", "skip")
@@ -85,19 +86,20 @@ class FileBatches(PlannedBatches):
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             multiprocessing_context="forkserver" if workers else None,  # forking a process with threads can hang
+            worker_init_fn=begin_worker() if workers else None,
         )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order and augmentation the next iteration has."""
         self.sampler.epoch = epoch
 
-    def __iter__(self) -> Iterator[Batch]:
+    def since(self, start: int) -> Iterator[Batch]:
+        """The epoch's batches from one on, the same as in the whole epoch; images before are not decoded."""
         generator = epoch_generator(self.sampler.seed, self.sampler.epoch)
         self.plan.order(generator)  # the sampler's: the numbers below follow it
         draws = self.mixing.draw(self.num_images, generator).to(self.device)
-        for (images_BCHW, labels, damaged), (part, share, ends_step) in zip(
-            self.loader, self.plan.slices(), strict=True
-        ):
+        loaded, slices = self._load(start), self.plan.slices(start)
+        for (images_BCHW, labels, damaged), (part, share, ends_step) in zip(loaded, slices, strict=True):
             for path in damaged:
                 self._report(path)
             if not len(labels):
@@ -114,6 +116,14 @@ class FileBatches(PlannedBatches):
             memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
             x = x.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
             yield Batch(x, labels, share, ends_step, others, own_share)
+
+    def _load(self, start: int) -> Iterator[tuple[Tensor, Tensor, list[Path]]]:
+        if self.loader.num_workers:
+            start_fork_server()
+        self.sampler.start = start
+        loaded = iter(self.loader)
+        self.sampler.start = 0
+        return loaded
 
     def _report(self, path: Path) -> None:
         if self.on_damaged == "error":
@@ -136,19 +146,19 @@ def image_transform(image_size: int, crop: str | None) -> v2.Transform:
 
 
 class _EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Lists of (epoch, index), one a batch of this process."""
+    """Lists of (epoch, index), one a batch of this process; an iteration has the epoch and start of its beginning."""
 
     def __init__(self, plan: EpochPlan, seed: int) -> None:
         self.plan, self.seed = plan, seed
-        self.epoch = 0
+        self.epoch = self.start = 0
 
     def __len__(self) -> int:
         return self.plan.num_batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = self.plan.order(epoch_generator(self.seed, self.epoch))
-        for part, _, _ in self.plan.slices():
-            yield [(self.epoch, index) for index in order[part].tolist()]
+        epoch, order = self.epoch, self.plan.order(epoch_generator(self.seed, self.epoch))
+        slices = self.plan.slices(self.start)
+        return ([(epoch, index) for index in order[part].tolist()] for part, _, _ in slices)
 
 
 class _DecodedFiles(TorchDataset[tuple[Tensor | None, int, Path]]):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from apot_fat.data.sharding import Batch, Batches
+from apot_fat.data.sharding import Batch, Batches, batches_since
 from apot_fat.training.device import amp_dtype
 from apot_fat.training.distributed import sum_over_processes
 from apot_fat.training.finite import FiniteGuard
@@ -162,11 +162,11 @@ def train_epoch(
     say: Callable[[str], None] = log or _silent
     settle: Callable[[], None] = _nothing
     optimizer.zero_grad(set_to_none=True)
+    start = 0
     if position is not None:
         meter.restore(position.meter)
-    for index, batch in enumerate(_bar(batches, f"epoch {epoch}", show=log is not None)):
-        if position is not None and index < position.batches:
-            continue  # drawn all the same: the random numbers of later batches follow theirs
+        start = position.batches
+    for index, batch in enumerate(_bar(batches, f"epoch {epoch}", show=log is not None, start=start), start):
         meter.data_ready()
         with _no_sync(model, not batch.ends_step):
             with autocast(device, amp):
@@ -249,11 +249,13 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def _bar(batches: Batches, label: str, *, show: bool) -> Iterator[Batch]:
+def _bar(batches: Batches, label: str, *, show: bool, start: int = 0) -> Iterator[Batch]:
     # in images, so that it says images/s and the time left; none where the output is not a terminal (disable=None)
     disable = None if show else True
-    with tqdm(total=batches.num_images, desc=label, unit="img", leave=False, disable=disable) as bar:
+    total = batches.num_images
+    done = total * start // max(batches.num_batches, 1)
+    with tqdm(total=total, initial=done, desc=label, unit="img", leave=False, disable=disable) as bar:
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        for batch in batches:
+        for batch in batches_since(batches, start):
             yield batch
             bar.update(len(batch.labels) * world)

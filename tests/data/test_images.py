@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as vision
 
-from apot_fat.data import Augmentation, Dataset, ImageBatches, ImageSet
+from apot_fat.data import Augmentation, Dataset, ImageBatches, ImageSet, Mixing, Sharding
 from apot_fat.data.images import crop_and_flip
 
 CPU = torch.device("cpu")
@@ -12,6 +14,10 @@ CPU = torch.device("cpu")
 
 def image_set(count: int = 10, size: int = 6) -> ImageSet:
     return ImageSet(torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8), torch.arange(count) % 3)
+
+
+def same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
 
 
 def test_evaluation_batches_are_in_order_and_normalised() -> None:
@@ -74,6 +80,15 @@ def test_an_epoch_depends_on_seed_and_epoch_alone() -> None:
     assert torch.equal(first, epoch(1, 5))
     assert not torch.equal(first, epoch(1, 6))
     assert not torch.equal(first, epoch(2, 5))
+
+
+def test_an_epoch_goes_on_at_a_batch_with_the_same_bits() -> None:
+    options: dict[str, Any] = {"augmentation": Augmentation(2), "training": True, "mixing": Mixing(0.4, 3)}
+    batches = ImageBatches(image_set(11), 4, CPU, (0,) * 3, (1,) * 3, sharding=Sharding(1, 2), **options)
+    whole, rest = list(batches), list(batches.since(1))
+    assert len(rest) == len(whole) - 1 == 2
+    for one, other in zip(rest, whole[1:], strict=True):
+        assert all(map(same, one, other))
 
 
 def test_val_split_parts_are_disjoint_and_complete() -> None:

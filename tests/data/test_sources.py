@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from apot_fat.data import FileSet, ImageSet, load_dataset
+from apot_fat.data import FileBatches, FileSet, ImageSet, load_dataset
 
 
 @pytest.fixture
@@ -68,23 +68,61 @@ def test_folder_mistakes(image_folder: Path) -> None:
         load_dataset(str(image_folder / "train/cat"), test_source=str(image_folder / "val"))
 
 
-def test_hostile_folders(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    Image.new("RGB", (12, 12)).save(tmp_path / "elsewhere/secret.png")
-    link = image_folder / "train/dog/4.png"
-    link.symlink_to(image_folder / "train/dog/0.png")
-    assert len(load_dataset(str(image_folder)).train or ()) == 9  # within the folder
-    link.unlink()
-    link.symlink_to("../../../elsewhere/secret.png")
-    with pytest.raises(ValueError, match=r"4\.png: a symbolic link out of .*train"):
+def linked(source: Path, folder: Path, levels: int) -> Path:
+    """A copy of an image folder whose entries are symbolic links so many levels down; 0: it is one itself."""
+    if not levels:
+        folder.symlink_to(source)
+        return folder
+    folder.mkdir()
+    for entry in source.iterdir():
+        linked(entry, folder / entry.name, levels - 1)
+    return folder
+
+
+def pixels(images: ImageSet | FileSet | None) -> torch.Tensor:
+    assert images is not None
+    if isinstance(images, ImageSet):
+        return images.images_NHWC
+    batches = FileBatches(images, 4, torch.device("cpu"), (0,) * 3, (1,) * 3, image_size=12, workers=0)
+    return torch.cat([batch.x for batch in batches])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("levels", [0, 1, 2, 3])  # the whole, train and val, the classes, the images
+def test_links_are_followed_wherever_they_lead(image_folder: Path, tmp_path: Path, levels: int, stream: bool) -> None:
+    direct = load_dataset(str(image_folder), stream=stream)
+    through = load_dataset(str(linked(image_folder, tmp_path / "links", levels)), stream=stream)
+    assert through.classes == direct.classes
+    for found, expected in ((through.train, direct.train), (through.test, direct.test)):
+        assert torch.equal(pixels(found), pixels(expected))
+        assert torch.equal(found.labels_N, expected.labels_N)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("place", ["train", "val", "train/cat", "val/dog", "train/cat/0.png", "val/dog/1.png", "."])
+def test_a_broken_link_is_named_with_its_target(image_folder: Path, place: str, stream: bool) -> None:
+    link = image_folder / place
+    link.rename(image_folder.parent / "moved")
+    link.symlink_to("nowhere/at-all")
+    for target, reason in (("nowhere/at-all", "No such file"), (link.name, "Too many levels")):  # and one to itself
+        link.unlink()
+        link.symlink_to(target)
+        message = rf"^{link}: a broken symbolic link to {target} \({reason}[^\n]*\); mend or remove it$"
+        with pytest.raises(ValueError, match=message):
+            load_dataset(str(image_folder), stream=stream)
+
+
+def test_links_in_a_circle(image_folder: Path) -> None:
+    (image_folder / "train/cat/all").symlink_to(image_folder)
+    (image_folder / "val/dog/again").symlink_to(".")
+    dataset = load_dataset(str(image_folder), stream=True)
+    assert len(dataset.train or ()) == 8
+    (image_folder / "train/round").symlink_to("..")
+    with pytest.raises(ValueError, match="train/round: a symbolic link to a folder that holds it, no class"):
         load_dataset(str(image_folder), stream=True)
-    link.unlink()
-    (image_folder / "train/bird").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="bird: a symbolic link out of"):
-        load_dataset(str(image_folder))
-    (image_folder / "train/bird").unlink()
-    (tmp_path / "link").symlink_to(image_folder)
-    load_dataset(str(tmp_path / "link"))
+
+
+def test_a_hostile_image(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 143)  # Pillow itself warns up to twice that
     with pytest.raises(ValueError, match="more than 143 pixels"):
         load_dataset(str(image_folder))

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as vision
 
-from apot_fat.data import FileBatches, FileSet, Sharding, load_dataset
+from apot_fat.data import FileBatches, FileSet, Mixing, Sharding, load_dataset
+from apot_fat.data.decoding import read_image
 
 CPU = torch.device("cpu")
 GREY, UNIT = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -24,6 +26,10 @@ def files(tmp_path: Path) -> FileSet:
     dataset = load_dataset(str(tmp_path), test_source=str(tmp_path), stream=True)
     assert isinstance(dataset.train, FileSet)
     return dataset.train
+
+
+def same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
 
 
 def epoch(files: FileSet, number: int = 0, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,6 +61,37 @@ def test_an_epoch_depends_on_seed_and_epoch_alone(files: FileSet, crop: str) -> 
     assert sorted(labels.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert not torch.equal(first, epoch(files, 4, **options)[0])
     assert not torch.equal(first, epoch(files, 3, seed=1, **options)[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_goes_on_at_a_batch_with_the_same_bits(files: FileSet, workers: int) -> None:
+    options: dict[str, Any] = {"image_size": 24, "training": True, "mixing": Mixing(mixup=0.4, cutout=3)}
+    batches = FileBatches(files, 2, CPU, GREY, UNIT, workers=workers, **options)
+    for number in (3, 4):
+        batches.set_epoch(number)
+        whole = list(batches)
+        for start in (0, 2, 5):
+            rest = list(batches.since(start))
+            assert len(rest) == len(whole) - start
+            for one, other in zip(rest, whole[start:], strict=True):
+                assert all(map(same, one, other))
+
+
+def test_nothing_before_the_position_is_decoded(files: FileSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[Path] = []
+
+    def counting(path: Path) -> Image.Image:
+        decoded.append(path)
+        return read_image(path)
+
+    monkeypatch.setattr("apot_fat.data.stream.read_image", counting)
+    batches = FileBatches(files, 2, CPU, GREY, UNIT, image_size=24, training=True, workers=0)
+    list(batches)
+    order = decoded.copy()
+    assert len(set(order)) == 9
+    decoded.clear()
+    list(batches.since(3))
+    assert decoded == order[6:]
 
 
 def test_processes_share_the_images(files: FileSet) -> None:

@@ -12,12 +12,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
 from apot_fat.checkpoint import before, read_checkpoint, write_checkpoint
+from apot_fat.data.decoding import read_image
 from apot_fat.models import create_model
 from apot_fat.training import TrainConfig, train
 from apot_fat.training import loop as training_loop
@@ -55,8 +58,8 @@ def assert_same_run(one: Path, other: Path) -> None:
         contents = [read_checkpoint(folder / name) for folder in (one, other)]
         for content in contents:
             assert content.pop("environment")["torch"] == torch.__version__
-            for key in ("epochs", "checkpoint_every", "print_freq"):
-                content["config"].pop(key)
+            for key in ("epochs", "checkpoint_every", "print_freq", "workers"):
+                content["config"].pop(key, None)
         assert same(*contents), name
     rows = [[json.loads(line) for line in (folder / METRICS).read_text().splitlines()] for folder in (one, other)]
     assert same(*rows)
@@ -146,6 +149,122 @@ def test_a_second_interrupt_stops_at_once(
         train(run)
     monkeypatch.undo()
     train(run, resume="auto")
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """The images of three classes as files: 36 for training, 12 to test on."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 36), ("test", 12)):
+        for i in range(count):
+            folder = tmp_path / "images" / part / f"class{i % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((rng.integers(0, 60, (12, 12, 3)) + 90 * (i % 3)).astype(np.uint8)).save(
+                folder / f"{i}.png"
+            )
+    return tmp_path / "images"
+
+
+def test_a_resumed_streamed_run_decodes_nothing_before_its_position(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"data": str(image_folder), "test_data": None, "loader": "stream", "image_size": 8}
+    options |= {"workers": 0, "batch_size": 4, "mixup": 0.4}
+    whole, parts = (config((Path(), Path()), tmp_path / name, **options) for name in ("whole", "parts"))
+    train(whole)
+    updates = 0
+    update = training_loop.Meter.update
+    decoded: list[str] = []
+
+    def signalling(meter: training_loop.Meter, *args: Any) -> None:
+        nonlocal updates
+        updates += 1
+        if updates == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        update(meter, *args)
+
+    def counting(path: Path) -> Image.Image:
+        decoded.append(path.parts[-3])
+        return read_image(path)
+
+    monkeypatch.setattr(training_loop.Meter, "update", signalling)
+    with pytest.raises(InterruptedRunError):
+        train(parts, resume="auto")
+    monkeypatch.setattr("apot_fat.data.stream.read_image", counting)
+    train(parts, resume="auto")
+    assert decoded.count("train") == 2 * 36 - 7 * 4
+    assert_same_run(tmp_path / "whole" / whole.run_name, tmp_path / "parts" / parts.run_name)
+
+
+class StreamedRun(subprocess.Popen[str]):
+    """A run of one epoch of nine steps, leader of a process group and session of its own; what is left is killed."""
+
+    def __init__(self, image_folder: Path, output: Path, workers: int) -> None:
+        line = "scripts/train.py --loader stream --arch res20 --bit 4 --image-size 8 --batch-size 4 --epochs 1"
+        line += f" --compile off --print-freq 1 --workers {workers} --data {image_folder} --output {output}"
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        command = [sys.executable, *line.split(), "--resume", "auto"]
+        super().__init__(command, cwd=ROOT, start_new_session=True, **pipes)
+
+    def __exit__(self, *error: Any) -> None:
+        if living(self.pid):
+            os.killpg(self.pid, signal.SIGKILL)
+        super().__exit__(*error)
+
+
+def living(session: int) -> int:
+    """Processes of a session, without those that only wait to be asked how they ended."""
+    count = 0
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, number = file.read_text().rpartition(")")[2].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            continue
+        count += int(number) == session and state != "Z"
+    return count
+
+
+def wait_for_processes(session: int, *, at_least: int = 0, at_most: int = 1 << 30) -> None:
+    end = time.monotonic() + 120
+    while not at_least <= living(session) <= at_most:
+        assert time.monotonic() < end, f"{living(session)} processes"
+        time.sleep(0.01)
+
+
+def wait_for_line(process: subprocess.Popen[str], start: str) -> None:
+    assert process.stdout is not None
+    assert any(line.startswith(start) for line in process.stdout), f"no line {start}"
+
+
+def test_a_signal_to_the_whole_group_of_a_streamed_run_saves_it(image_folder: Path, tmp_path: Path) -> None:
+    def ended(process: StreamedRun, exit_code: int) -> None:
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == exit_code, said
+        assert ("go on with --resume auto" in said) == (exit_code != 0), said
+        assert "Traceback" not in said, said
+        wait_for_processes(process.pid, at_most=0)
+
+    with StreamedRun(image_folder, tmp_path / "whole", workers=0) as whole:
+        ended(whole, 0)
+    with StreamedRun(image_folder, tmp_path / "parts", workers=2) as starting:
+        wait_for_processes(starting.pid, at_least=5)  # with resource tracker, fork server and workers that still import
+        os.killpg(starting.pid, signal.SIGINT)
+        ended(starting, 130)
+    assert read_checkpoint(tmp_path / "parts/res20_4bit" / LAST)["positions"]
+    with StreamedRun(image_folder, tmp_path / "parts", workers=2) as training:
+        wait_for_line(training, "Epoch: [0][")
+        os.killpg(training.pid, signal.SIGTERM)
+        ended(training, 143)
+    with StreamedRun(image_folder, tmp_path / "parts", workers=2) as rest:
+        ended(rest, 0)
+    assert_same_run(tmp_path / "whole/res20_4bit", tmp_path / "parts/res20_4bit")
+
+
+def test_the_workers_of_a_killed_run_end_with_it(image_folder: Path, tmp_path: Path) -> None:
+    with StreamedRun(image_folder, tmp_path, workers=2) as process:
+        wait_for_line(process, "Epoch: [0][")
+        process.kill()
+        wait_for_processes(process.pid, at_most=0)
 
 
 def killed_and_resumed(line: list[str], last: Path, draw: random.Random) -> list[int]:
