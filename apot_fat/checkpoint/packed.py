@@ -13,7 +13,7 @@ import base64
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from apot_fat.checkpoint.files import atomic_write
 from apot_fat.models import create_model
 from apot_fat.optional import needed_for
-from apot_fat.quant.convert import convert_layer
+from apot_fat.quant.convert import convert_layer, fold_weight
 from apot_fat.quant.fake_quant import positive
 from apot_fat.quant.integers import EIGHT_BIT_DENOMINATOR, integer_weight
 from apot_fat.quant.kernels import along_rows
@@ -39,6 +39,7 @@ VERSION = 1
 _PURPOSE = "a packed file"
 _FLOATS = "float32"
 _MAX_INDEX_BYTES = 1 << 26
+_MOST_BITS = 16
 
 
 class _Plan(NamedTuple):
@@ -57,6 +58,9 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     Args:
         model: any network with quantized layers; what else it holds stays float.
         path: the file, ``.safetensors`` by custom.
+
+    An 8-bit weight counts in its maximum: one with values so far below the negative maximum that 16 bits do not hold
+    their codes stays float32 in the file.
 
     Returns:
         The size of the file in bytes.
@@ -77,7 +81,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     for name, module in layers.items():
         codes, described[name] = _pack_layer(module)
         if codes is not None:
-            tensors[f"{name}.weight"] = codes
+            tensors[_key(name, "weight")] = codes
     floats: dict[str, list[int]] = {}
     blob = []
     for name, tensor in _left_over(model, layers, tensors).items():
@@ -104,7 +108,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     Args:
         path: a file of ``save_packed``.
         model: the float network to fill, for one that is not in ``list_models()``: built as it was before
-            ``quantize``, or quantized.
+            ``quantize``, or quantized in any way; its layers become those of the file.
 
     Returns:
         The network, in evaluation mode.
@@ -117,10 +121,11 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     path = Path(path)
     tensors, index = _read(path)
     try:
-        codes = {name: tensors.pop(f"{name}.weight") for name in index["layers"] if f"{name}.weight" in tensors}
+        keys = {name: _key(name, "weight") for name in index["layers"]}
+        codes = {name: tensors.pop(key) for name, key in keys.items() if key in tensors}
         state = tensors | _split(tensors.pop(_FLOATS), index["floats"])
         plans = {
-            name: _unpack_layer(entry, codes.get(name), state.get(f"{name}.weight_alpha"))
+            name: _unpack_layer(entry, codes.get(name), state.get(_key(name, "weight_alpha")))
             for name, entry in index["layers"].items()
         }
         network = index["network"]
@@ -137,8 +142,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         model = create_model(**network)
     else:
         _check_fit(path, model, plans, state)
-    for name, plan in plans.items():
-        _set_layer(model.get_submodule(name), plan)
+    _set_layers(model, plans)
     with torch.no_grad():
         own = model.state_dict()
         for name, tensor in state.items():
@@ -151,12 +155,13 @@ def _check_own_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> Non
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
-            users.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+            users.setdefault(id(parameter), []).append(_key(name, key))
     for name, module in layers.items():
         if len(shared := users[id(module.weight)]) > 1:
+            own = _key(name, "weight")
             raise ValueError(
                 f"{type(model).__name__}: {' and '.join(shared)} share one weight, which cannot be packed: give "
-                f"the layer a copy of its own, {name}.weight = nn.Parameter({name}.weight.detach().clone())"
+                f"the layer a copy of its own, {own} = nn.Parameter({own}.detach().clone())"
             )
 
 
@@ -166,12 +171,12 @@ def _pack_layer(module: nn.Module) -> tuple[Tensor | None, dict[str, Any]]:
     weight = cast(Tensor, module.weight)
     entry: dict[str, Any] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
     if isinstance(module, EightBitConv2d | EightBitLinear):
-        if integers is None:
+        lowest, highest = (0, 0) if integers is None else map(int, integers.numerators.aminmax())
+        bits = max(1, (highest - lowest).bit_length())
+        if integers is None or bits > _MOST_BITS:  # the scale is max(w), and some weight is far below -max(w)
             return None, {"shape": entry["shape"]}
-        lowest, highest = integers.numerators.aminmax()
-        entry |= {"offset": int(lowest), "bits": max(1, int(highest - lowest).bit_length())}
-        entry["scale"] = float(integers.scale)
-        return pack_bits(integers.numerators - lowest, entry["bits"]), entry
+        entry |= {"offset": lowest, "bits": bits, "scale": float(integers.scale)}
+        return pack_bits(integers.numerators - lowest, bits), entry
     assert isinstance(module, QuantConv2d | QuantLinear)
     spec = replace(module.spec, weight_norm="none", weight_norm_gradient=False, transform=False)
     entry |= {"spec": asdict(spec), "relu": module.relu, "fixed_bits": module.fixed_bits}
@@ -192,7 +197,7 @@ def _unpack_layer(entry: dict[str, Any], codes: Tensor | None, alpha: Tensor | N
     dtype = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}[
         entry["dtype"]
     ]
-    if codes is None or codes.dtype != torch.uint8 or codes.dim() != 1 or not 1 <= bits <= 16:
+    if codes is None or codes.dtype != torch.uint8 or codes.dim() != 1 or not 1 <= bits <= _MOST_BITS:
         raise ValueError("a layer has no packed weight")
     if not all(isinstance(size, int) and size >= 0 for size in shape) or codes.numel() != -(-count * bits // 8):
         raise ValueError(f"{codes.numel()} bytes for a weight of shape {shape} and {bits} bits")
@@ -220,11 +225,12 @@ def _check_fit(path: Path, model: nn.Module, plans: Mapping[str, _Plan], state: 
             raise ValueError(
                 f"packed file {path}: layer {name!r} has the shape {plan.shape}, the network has {found} there"
             )
-    thresholds = {f"{name}.{kind}" for name in plans for kind in ("weight_alpha", "act_alpha", "transform")}
-    expected = {name: tensor.shape for name, tensor in _unique_state(model).items() if name not in thresholds}
+    own = _thresholds(name for name, module in modules.items() if isinstance(module, AnyQuantized))
+    thresholds = _thresholds(plans)
+    expected = {name: tensor.shape for name, tensor in _unique_state(model).items() if name not in own}
     for name, plan in plans.items():
         if plan.weight is not None:
-            expected.pop(f"{name}.weight", None)
+            expected.pop(_key(name, "weight"), None)
     given = {name: tensor.shape for name, tensor in state.items() if name not in thresholds}
     for name in (*expected, *given):
         if expected.get(name) != given.get(name):
@@ -237,11 +243,37 @@ def _check_fit(path: Path, model: nn.Module, plans: Mapping[str, _Plan], state: 
             ("act_alpha", plan.spec and plan.spec.act_bits),
         ):
             wanted = bits is not None and bits != FLOAT_BITS
-            if wanted != (f"{name}.{kind}" in state):
-                raise ValueError(f"packed file {path}: {name}.{kind} is {'missing' if wanted else 'left over'}")
+            if wanted != (_key(name, kind) in state):
+                raise ValueError(f"packed file {path}: {_key(name, kind)} is {'missing' if wanted else 'left over'}")
 
 
-def _set_layer(module: nn.Module, plan: _Plan) -> None:
+def _thresholds(layers: Iterable[str]) -> set[str]:
+    return {_key(name, kind) for name in layers for kind in ("weight_alpha", "act_alpha", "transform")}
+
+
+def _key(layer: str, parameter: str) -> str:
+    # a model that is the layer itself names it ""
+    return f"{layer}.{parameter}" if layer else parameter
+
+
+def _set_layers(model: nn.Module, plans: Mapping[str, _Plan]) -> None:
+    """Make every layer what the file says, whatever the model quantizes."""
+    for name, module in list(model.named_modules()):
+        if name in plans or isinstance(module, AnyQuantized):
+            _set_layer(module, plans.get(name))
+
+
+def _set_layer(module: nn.Module, plan: _Plan | None) -> None:
+    # without a plan the layer is a plain one
+    if plan is None and isinstance(module, QuantConv2d | QuantLinear) and module.relu:  # no plain layer does that
+        module.spec, module.fixed_bits = module.spec.with_bits(FLOAT_BITS), True
+        return
+    if plan is None or (plan.spec is None and isinstance(module, QuantConv2d | QuantLinear)):  # without thresholds
+        weight = module.weight
+        fold_weight(module, nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear)
+        module.weight = weight  # which others may share
+    if plan is None:
+        return
     convert_layer(module, plan.spec)
     if isinstance(module, QuantConv2d | QuantLinear):
         module.relu, module.fixed_bits = plan.relu, plan.fixed_bits
@@ -259,7 +291,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: integers from 0 to 2^bits − 1, any shape, taken row by row.
-        bits: 1 to 16.
+        bits: 1 to 16 (``_MOST_BITS``).
 
     Returns:
         uint8, shape (ceil(codes · bits / 8),).
@@ -284,10 +316,10 @@ def _unique_state(model: nn.Module) -> dict[str, Tensor]:
 def _left_over(model: nn.Module, layers: Mapping[str, nn.Module], packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     left = {}
     for name, tensor in _unique_state(model).items():
-        owner = layers.get(name.rpartition(".")[0])
-        if name in packed or (owner is not None and name.endswith(".transform")):
+        layer, _, kind = name.rpartition(".")
+        if name in packed or (layer in layers and kind == "transform"):
             continue
-        is_alpha = owner is not None and name.endswith(("weight_alpha", "act_alpha"))
+        is_alpha = layer in layers and kind in ("weight_alpha", "act_alpha")
         left[name] = (positive(tensor) if is_alpha else tensor).detach().cpu()
     return left
 

@@ -25,6 +25,7 @@ _RENAMES = (
 )
 _UNUSED_TRANSFORM = re.compile(r"\.transform\.weight$")  # stored, never used, by FAT's first and last layers
 _QUANTIZER = re.compile(r"\.(weight_alpha|act_alpha|transform)$")
+_INITIAL_VALUES = 2  # of a kind of threshold in one network: FAT's MobileNetV2 holds layers of two variants
 
 
 def load_weights(
@@ -35,7 +36,9 @@ def load_weights(
     Accepted: a path, a checkpoint dict (``state_dict`` or ``model``), or a state dict; names with or without
     ``module.``; thresholds as ``weight_quant.wgt_alpha`` or ``weight_alpha``; FAT's ``weight_quant.transform.weight``,
     its last layer named ``linear``, and the unused ``transform.weight`` of its first and last layers. A layer's weight
-    threshold becomes that of each channel where the network has one a channel; not the other way round.
+    threshold becomes that of each channel where the network has one a channel; not the other way round. A
+    full-precision network leaves out the unused thresholds and transforms of published ones: they are all still at
+    their initial values.
 
     Args:
         model: the network to fill in place.
@@ -57,6 +60,8 @@ def load_weights(
     for name, tensor in own.items():
         if name.endswith("weight_alpha") and tensor.dim() and name in state and not state[name].dim():
             state[name] = state[name].expand(tensor.shape)
+    for name in _unused_quantizers(state, model):
+        del state[name]
     missing = [name for name in own if name not in state]
     left_over = [name for name in state if name not in own]
     if other_bits:
@@ -164,6 +169,21 @@ def _rename(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
             continue
         renamed[name] = tensor
     return renamed
+
+
+def _unused_quantizers(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    # published layers have them at 32 bits too, at their initial values; trained ones differ from layer to layer, and
+    # belong to weights that a full-precision network must not take for its own
+    if any(_QUANTIZER.search(name) for name in model.state_dict()):
+        return []
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    found = [name for name in state if _QUANTIZER.search(name) and name.rpartition(".")[0] in layers]
+    for kind in ("weight_alpha", "act_alpha"):
+        values = torch.cat([torch.empty(0), *(state[name].flatten().cpu() for name in found if name.endswith(kind))])
+        if len(values.unique()) > _INITIAL_VALUES:
+            return []
+    learned = any(len(state[name].unique()) > 1 for name in found if name.endswith("transform"))
+    return [] if learned else found
 
 
 def _is_float_bias(name: str, own: Mapping[str, Tensor]) -> bool:

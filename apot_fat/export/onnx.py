@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -22,6 +23,7 @@ from apot_fat.export.graph import MARKS_DOMAIN, PROJECT, Projection, mark_index
 from apot_fat.export.int8 import best_range, write_integers
 from apot_fat.optional import needed_for
 from apot_fat.quant.convert import fold_weight
+from apot_fat.quant.input_shape import run_on_zeros, split_batch
 from apot_fat.quant.integers import Integers, integer_weight
 from apot_fat.quant.layers import AnyQuantized, EightBitConv2d, QuantConv2d, QuantLinear
 
@@ -63,7 +65,7 @@ class OnnxReport(NamedTuple):
 def export_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],
-    input_shape: tuple[int, ...],
+    input_shape: Sequence[int],
     mode: ExportMode = "float",
     *,
     verify_with: Tensor | None = None,
@@ -81,13 +83,13 @@ def export_onnx(
         model: any network, its quantized layers ``QuantConv2d``, ``QuantLinear``, ``EightBitConv2d`` and
             ``EightBitLinear``; one input, one output. Exported as in evaluation, in float32; left as it is.
         path: the file; it appears whole or not at all.
-        input_shape: of one input, without the batch, such as (3, 32, 32).
+        input_shape: of one input, such as (3, 32, 32); four numbers are (N, C, H, W), whatever N.
         mode: ``float`` computes in float arithmetic, with the numerators of the levels as operands wherever float32
             holds their sums exactly, see ``apot_fat.export.float32``. ``int8`` computes convolutions of quantized
             operands in integers, and their sums in bytes: faster, and close instead of equal, see
             ``apot_fat.export.int8``. What does not fit that form stays float.
-        verify_with: inputs (N, *input_shape) to compare on, finite; for ``int8`` the ranges of sums are measured on
-            them too, so that they should be real ones. By default a few normally distributed ones.
+        verify_with: a batch of such inputs to compare on, finite; for ``int8`` the ranges of sums are measured on them
+            too, so that they should be real ones. By default a few normally distributed ones.
         max_error: largest median error. By default ``INT8_LIMIT``, or ``FLOAT_LIMIT`` or, where that is more, the
             median difference between PyTorch in float32 and in float64 times ``OWN_ERRORS`` (sums of levels may lie
             on thresholds exactly, where no batch norm follows).
@@ -95,25 +97,25 @@ def export_onnx(
             ``int8`` on given inputs, and 0 for ``float`` and on noise, of which no network is sure.
 
     Raises:
-        ValueError: onnx, onnxruntime or onnxscript missing, an unknown mode, inputs of another shape, a network that
-            PyTorch cannot export, or a file that disagrees with the network.
+        ValueError: onnx, onnxruntime or onnxscript missing, an unknown mode, a shape that is none or that the network
+            refuses, inputs of another, a network that PyTorch cannot export, or a file that disagrees with the network.
     """
     if mode not in get_args(ExportMode):
         raise ValueError(f"mode {mode!r}: choose one of {', '.join(get_args(ExportMode))}")
     with needed_for("ONNX export"):
         for package in ("onnx", "onnxscript", "onnxruntime"):
             importlib.import_module(package)
+    _, one = split_batch(input_shape)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_VERIFY_IMAGES, *input_shape, generator=generator) if verify_with is None else verify_with
-    if x.shape[1:] != tuple(input_shape) or not len(x):
-        raise ValueError(
-            f"verify_with {tuple(x.shape)}: expected (N, {', '.join(map(str, input_shape))}), N at least 1"
-        )
+    x = torch.randn(_VERIFY_IMAGES, *one, generator=generator) if verify_with is None else verify_with
+    if x.shape[1:] != one or not len(x):
+        raise ValueError(f"verify_with {tuple(x.shape)}: expected (N, {', '.join(map(str, one))}), N at least 1")
     x = x.detach().to("cpu", torch.float32).contiguous()
     if not x.isfinite().all():
         raise ValueError("verify_with: holds NaN or infinity; give inputs that the network is for")
     reference = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    graph, layers, rescalings = _trace(reference, input_shape, float(x.abs().max()) if mode == "float" else None)
+    run_on_zeros(reference, (1, *one))
+    graph, layers, rescalings = _trace(reference, one, float(x.abs().max()) if mode == "float" else None)
     projections = [projection for _, projection in layers]
     file, integer_convs = write_floats(graph, projections, rescalings), 0
     if mode == "int8":

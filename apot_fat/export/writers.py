@@ -11,7 +11,7 @@ from apot_fat.checkpoint import save_packed
 from apot_fat.export.onnx import ExportMode, export_onnx
 
 Writer = Callable[[nn.Module, Path, tuple[int, ...], Tensor | None, ExportMode], str]
-"""Network in evaluation mode, file, shape of one input, images to compare on or None, arithmetic → what to log."""
+"""Network in evaluation mode, file, its input's shape, images to compare on or None, arithmetic → what to log."""
 
 
 def write_onnx(

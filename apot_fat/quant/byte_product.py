@@ -25,6 +25,7 @@ from apot_fat.quant.spec import InputClip
 from apot_fat.text import one_line
 
 _DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8")  # older instructions saturate sums of two products at 16 bits
+_MAX_SUM = (1 << 31) - 1  # what the products are added up in
 
 log = logging.getLogger("apot_fat")
 
@@ -49,8 +50,8 @@ def fits_bytes(weights: LevelSet, act: LevelSet, clip: InputClip) -> bool:
 
 def pack_weight(
     w_q: Tensor, weight_alpha: Tensor, weights: LevelSet, act_alpha: Tensor, act: LevelSet, conv: ConvSettings | None
-) -> ByteWeight:
-    """A quantized weight and the factor of its sums.
+) -> ByteWeight | None:
+    """A quantized weight and the factor of its sums; None where 32 bits might not hold a sum.
 
     Args:
         w_q: (C_out, C_in / groups, k_h, k_w), or (C_out, C_in) without ``conv``.
@@ -60,7 +61,10 @@ def pack_weight(
         act: the input's levels.
         conv: the convolution, or None for a linear layer.
     """
-    codes = numerators(w_q, positive(weight_alpha), weights.denominator).to(torch.int8).contiguous()
+    exact = numerators(w_q, positive(weight_alpha), weights.denominator)
+    if exact.numel() and int(exact.abs().flatten(1).sum(1).max()) * act.numerators[-1] > _MAX_SUM:
+        return None
+    codes = exact.to(torch.int8).contiguous()
     scale = positive(weight_alpha).double() * positive(act_alpha).double() / (weights.denominator * act.denominator)
     scales = scale.expand(len(w_q)).to(torch.float32).contiguous()
     if conv is None:
@@ -89,18 +93,30 @@ def byte_product(
         conv: the convolution, or None for a linear layer.
 
     Returns:
-        y, float32; of a convolution in the memory format of ``F.conv2d``.
+        y, float32; of a convolution in the memory format of ``F.conv2d``. Of an image with a NaN, or with a linear
+        layer of such a row, all are NaN.
 
     Gradient: none.
     """
     codes, nan = run(activation_codes, (x,), (alpha,), act.levels, act.clip, into=torch.uint8)
-    operands = codes, 1.0, 0, weight.packed, weight.scale + nan, weight.zero_point, bias  # bytes have no NaN
+    y = _product(codes, weight, bias, conv)
+    if torch.compiler.is_compiling() or nan.isnan():  # bytes have no NaN
+        y = y + _nan_of_each(x, conv)
+    return y if conv is None or weight.channels_last or _is_channels_last(x) else y.contiguous()
+
+
+def _nan_of_each(x: Tensor, conv: ConvSettings | None) -> Tensor:
+    # 0, or NaN where there is one, of each image, or each row of a linear layer's input
+    return torch.where(x != x, x, 0).sum((-1,) if conv is None else (1, 2, 3), keepdim=True)
+
+
+def _product(codes: Tensor, weight: ByteWeight, bias: Tensor | None, conv: ConvSettings | None) -> Tensor:
+    operands = codes, 1.0, 0, weight.packed, weight.scale, weight.zero_point, bias
     nothing_after: tuple[Any, ...] = 1.0, 0, torch.float32, "none", [], ""
     if conv is None:
         return torch.ops.onednn.qlinear_pointwise(*operands, *nothing_after)
     stride, padding, dilation, groups = conv
-    y = torch.ops.onednn.qconv2d_pointwise(*operands, stride, padding, dilation, groups, *nothing_after)
-    return y if weight.channels_last or _is_channels_last(x) else y.contiguous()
+    return torch.ops.onednn.qconv2d_pointwise(*operands, stride, padding, dilation, groups, *nothing_after)
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -132,6 +148,6 @@ def _sums_are_exact() -> bool:
             shape = (3, 64) if conv is None else (3, 64, 1, 1)
             w_q, x = torch.full(shape, -1.0), torch.ones(2, *shape[1:])
             packed = pack_weight(w_q, ones, LevelSet((0, 127), 127), ones, bytes_levels, conv)
-            if (byte_product(x, ones, packed, None, act, conv) + 64).abs().max() > 1e-4:
+            if packed is None or (byte_product(x, ones, packed, None, act, conv) + 64).abs().max() > 1e-4:
                 return False
     return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
@@ -295,12 +295,14 @@ class _QuantLayer(_KeepsWeight):
 
         With ``relu`` the input's ReLU in place of the input.
         """
+        return self._quantized_input(x, self._features(x))
+
+    def _quantized_input(self, x: Tensor, features: int) -> Tensor:
         if self.act_alpha is None or self._act_set is None:
             return F.relu(x) if self.relu else x
-        spec = self.spec
+        spec, scale = self.spec, self._grad_scale(self._act_set, features)
         if spec.act_signed:
             x = F.relu(x) if self.relu else x
-            scale = self._grad_scale(self._act_set, self._features(x))
             return quantize_weight(x, self.act_alpha, self._act_set, clip_gradient=True, grad_scale=scale)
         return quantize_activation(
             x,
@@ -308,7 +310,7 @@ class _QuantLayer(_KeepsWeight):
             self._act_set,
             clip=self._input_clip,
             alpha_gradient=spec.act_alpha_gradient,
-            grad_scale=self._grad_scale(self._act_set, self._features(x)),
+            grad_scale=scale,
         )
 
     def _features(self, x: Tensor) -> int:
@@ -322,12 +324,14 @@ class _QuantLayer(_KeepsWeight):
             return levels.positive_levels**1.5 / max(values, 1) ** 0.5
         return scale or 1.0
 
-    def _quantized_product(self, x: Tensor, bias: Tensor | None, conv: ConvSettings | None) -> Tensor | None:
+    def _quantized_product(
+        self, x: Tensor, features: int, bias: Tensor | None, conv: ConvSettings | None
+    ) -> Tensor | None:
         # None where the plain composition does as well: a float or signed input, an input so small that keeping its
         # quantized copy for backward costs less than making it again, or a compiler that decides itself
         if self.act_alpha is None or self._act_set is None or self.spec.act_signed:
             return None
-        scale = self._grad_scale(self._act_set, self._features(x))
+        scale = self._grad_scale(self._act_set, features)
         act = ActSettings(self._act_set, self._input_clip, self.spec.act_alpha_gradient, scale)
         weight = self._byte_weight(conv) if x.dtype == torch.float32 and x.device.type == "cpu" else None
         if weight is not None:
@@ -439,10 +443,13 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
         conv = self._conv_settings()
         if x.dim() != 4 or conv is None:
             return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+        features = self._features(x)  # the layer's, read or not
         if conv.stride != self.stride:
             x = x[:, :, :: self.stride[0], :: self.stride[1]]
-        y = self._quantized_product(x, self.bias, conv)
-        return F.conv2d(self.quantized_input(x), self.quantized_weight(), self.bias, *conv) if y is None else y
+        y = self._quantized_product(x, features, self.bias, conv)
+        if y is not None:
+            return y
+        return F.conv2d(self._quantized_input(x, features), self.quantized_weight(), self.bias, *conv)
 
     def prepare(self) -> None:
         """Compute what the layer keeps in evaluation."""
@@ -491,7 +498,7 @@ class QuantLinear(_QuantLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """y = x_q w_qᵀ + bias."""
-        y = self._quantized_product(input, self.bias, None)
+        y = self._quantized_product(input, self._features(input), self.bias, None)
         return y if y is not None else F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
     def prepare(self) -> None:
@@ -587,7 +594,8 @@ def show_params(model: nn.Module) -> None:
 def set_bits(model: nn.Module, bits: int) -> nn.Module:
     """Set weight and activation bits of every quantized layer in place, keeping weights and thresholds.
 
-    Layers whose bits were given to ``quantize`` by name keep them.
+    Layers whose bits were given to ``quantize`` by name keep them, and a side that is float where the layer's other is
+    not (``weight_bits=32`` or ``act_bits=32`` of ``quantize``) stays float; of a layer at 32 bits both sides are set.
 
     Args:
         model: any network that holds ``QuantConv2d`` or ``QuantLinear``.
@@ -608,8 +616,16 @@ def set_bits(model: nn.Module, bits: int) -> nn.Module:
     for layer in layers:
         if layer.fixed_bits:
             continue
-        layer.spec = layer.spec.with_bits(bits)
+        layer.spec = _with_bits_of_quantized_sides(layer.spec, bits)
     return model
+
+
+def _with_bits_of_quantized_sides(spec: QuantSpec, bits: int) -> QuantSpec:
+    if spec.weight_bits == FLOAT_BITS != spec.act_bits:
+        return replace(spec, act_bits=bits)
+    if spec.act_bits == FLOAT_BITS != spec.weight_bits:
+        return replace(spec, weight_bits=bits)
+    return spec.with_bits(bits)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apot_fat.quant.input_shape import run_on_zeros, split_batch
 from apot_fat.quant.integers import integer_weight, shift_terms
 from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
 from apot_fat.quant.spec import FLOAT_BITS
@@ -118,10 +119,8 @@ def cost_report(model: nn.Module, input_shape: Sequence[int]) -> CostReport:
     >>> cost_report(layer, (2, 4, 4)).total.macs  # 3 channels at 2 × 2 positions, 2 · 3 · 3 weights each
     216
     """
-    shape = tuple(input_shape)
-    if len(shape) not in (3, 4) or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(f"input_shape {shape}: give (C, H, W) or (N, C, H, W), positive integers, such as (3, 32, 32)")
-    shape = shape if len(shape) == 4 else (1, *shape)
+    count, one = split_batch(input_shape, images=True)
+    shape = (count, *one)
     model = copy.deepcopy(model).eval()
     positions = _output_positions(model, shape)
     seen: set[int] = set()
@@ -148,14 +147,7 @@ def _output_positions(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int
 
     for name, layer in _layers(model):
         layer.register_forward_hook(counter(name, layer.weight.shape[0]))
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    try:
-        with torch.no_grad():
-            model(torch.zeros(shape, dtype=like.dtype, device=like.device))
-    except (RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        network = type(model).__name__
-        raise ValueError(f"input_shape {shape}: {network} refuses it ({reason}); give that of its images") from error
+    run_on_zeros(model, shape)
     return positions
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from apot_fat import load_packed, load_weights, quantize, save_packed, set_bits
 from apot_fat.checkpoint.packed import pack_bits, unpack_bits
 from apot_fat.models import create_model
-from apot_fat.quant import PRESETS
+from apot_fat.quant import PRESETS, EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear, preset
 
 
 def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -88,6 +88,60 @@ def test_a_weight_without_a_positive_maximum_and_a_negative_threshold(tmp_path: 
     x = torch.rand(2, 3, 8, 8)
     save_packed(model, tmp_path / "a.safetensors")
     torch.testing.assert_close(logits(load_packed(tmp_path / "a.safetensors"), x), logits(model, x), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("lowest", [-300.0, -900.0, -1e30])
+def test_an_eight_bit_weight_far_below_its_scale(lowest: float, tmp_path: Path) -> None:
+    model, x, path = create_model("resnet20", "apot-cifar", 3), torch.rand(2, 3, 8, 8), tmp_path / "a.safetensors"
+    with torch.no_grad():
+        model.fc.weight.clamp_(max=1.0)[0, :2] = torch.tensor([lowest, 1.0])  # type: ignore[operator,union-attr]
+    save_packed(model, path)
+    torch.testing.assert_close(logits(load_packed(path), x), logits(model, x), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("kind", [QuantConv2d, QuantLinear, EightBitConv2d, EightBitLinear])
+def test_a_network_of_a_layer_alone(kind: type[nn.Module], per_channel: bool, tmp_path: Path) -> None:
+    is_conv = issubclass(kind, nn.Conv2d)
+    sizes, x = ((3, 4, 3), torch.randn(2, 3, 5, 5)) if is_conv else ((3, 4), torch.randn(2, 3))
+    spec = {"spec": preset("fat-cifar", 3, weight_per_channel=per_channel)} if "Quant" in kind.__name__ else {}
+    layer, path = kind(*sizes, bias=True, **spec), tmp_path / "layer.safetensors"
+    expected = logits(layer, x)
+    save_packed(layer, path)
+    for model in (kind(*sizes, bias=True, **spec), (nn.Conv2d if is_conv else nn.Linear)(*sizes)):
+        loaded = load_packed(path, model)
+        assert loaded is model
+        assert type(loaded) is kind
+        torch.testing.assert_close(logits(loaded, x), expected, atol=0, rtol=0)
+    with pytest.raises(ValueError, match=r"has the shape \(4, 3.*\), the network has Linear of shape \(2, 2\) there"):
+        load_packed(path, nn.Linear(2, 2))
+
+
+def edges(first: str) -> nn.Sequential:
+    """A small network whose first layer is as named; the layers behind it are the same."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
+    overrides = {"0": {"weight_bits": 4, "act_bits": 5}} if first == "quantized" else None
+    quantize(model, 3, "fat", edge_bits=8 if first == "eight bits" else 32, overrides=overrides)
+    return model
+
+
+@pytest.mark.parametrize("given", ["quantized", "eight bits", "float"])
+@pytest.mark.parametrize("saved", ["quantized", "eight bits", "float"])
+def test_layers_become_those_of_the_file(saved: str, given: str, tmp_path: Path) -> None:
+    source, model, x = edges(saved), edges(given), torch.randn(2, 3, 5, 5)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.mul_(1.1)
+    expected = logits(source, x)
+    save_packed(source, tmp_path / "a.safetensors")
+    kept = model[0].weight
+    load_packed(tmp_path / "a.safetensors", model)
+    assert model[0].weight is kept
+    assert type(model[0]) is type(source[0])
+    names = {name for name in source.state_dict() if not name.endswith("transform")}
+    assert set(model.state_dict()) == names
+    torch.testing.assert_close(logits(model, x), expected, atol=0, rtol=0)
 
 
 def test_what_cannot_be_packed(tmp_path: Path) -> None:

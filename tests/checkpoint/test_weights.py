@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from apot_fat.data.normalization import CIFAR_APOT
 from apot_fat.models import create_model
 from apot_fat.quant.layers import clipping_table
 from apot_fat.training import evaluate
+
+QUANTIZER = re.compile(r"\.(weight_alpha|act_alpha|transform)$")
 
 
 def published(state: dict[str, torch.Tensor], *, fat: bool) -> dict[str, torch.Tensor]:
@@ -36,6 +39,26 @@ def test_published_names_load(arch: str, wrap: str | None) -> None:
     load_weights(target, state if wrap is None else {wrap: state, "epoch": 3, "best_acc1": 91.5})
     for name, tensor in source.state_dict().items():
         torch.testing.assert_close(target.state_dict()[name], tensor, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet_18", "mobilenet_v2"])
+def test_unused_thresholds_of_published_32_bit_networks_are_left_out(arch: str) -> None:
+    source, target = create_model(arch, bits=32, num_classes=4), create_model(arch, bits=32, num_classes=4)
+    quantized = create_model(arch, bits=4, num_classes=4)
+    unused = {name: tensor.clone() for name, tensor in quantized.state_dict().items() if QUANTIZER.search(name)}
+    assert unused
+    load_weights(target, {"state_dict": published({**source.state_dict(), **unused}, fat="_" in arch)})
+    for name, tensor in source.state_dict().items():
+        torch.testing.assert_close(target.state_dict()[name], tensor, atol=0, rtol=0)
+    load_weights(quantized, {**quantized.state_dict(), **{name: t + 1 for name, t in unused.items()}})
+    for name, tensor in unused.items():
+        torch.testing.assert_close(quantized.state_dict()[name], tensor + 1)
+    for foreign in ("stem.act_alpha", "layer1.act_alpha", "fc.alpha"):
+        with pytest.raises(ValueError, match=f"left over {foreign}"):
+            load_weights(target, {**source.state_dict(), foreign: torch.ones(())})
+    trained = {name: tensor + i for i, (name, tensor) in enumerate(unused.items())}
+    with pytest.raises(ValueError, match=r"left over .* the network full-precision: check the bits"):
+        load_weights(target, {**source.state_dict(), **trained})
 
 
 def test_misfits_name_what_is_wrong_and_change_nothing() -> None:

@@ -4,6 +4,7 @@ import copy
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from apot_fat.checkpoint import write_checkpoint
-from apot_fat.export import export_onnx
+from apot_fat.export import WRITERS, export_onnx
 from apot_fat.export.graph import GraphBuilder, Projection, emit_projection, emit_table
 from apot_fat.export.int8 import best_range, linear_grid
 from apot_fat.export.integer import IntegerLayer
@@ -25,6 +26,7 @@ from apot_fat.quant.byte_product import bytes_work
 from apot_fat.quant.integers import integer_weight
 from apot_fat.quant.layers import EightBitConv2d, EightBitLinear
 from apot_fat.quant.spec import InputClip
+from apot_fat.report import cost_report
 
 if TYPE_CHECKING:
     from tests.export.conftest import Released
@@ -249,6 +251,39 @@ def test_a_file_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
+def test_an_input_shape_with_the_batch_is_one_without(tmp_path: Path) -> None:
+    model, x = small("apot-cifar", 3), torch.randn(3, 3, 16, 16)
+    for i, shape in enumerate([(3, 16, 16), (5, 3, 16, 16), [1, 3, 16, 16]]):
+        export_onnx(model, tmp_path / f"{i}.onnx", shape, verify_with=x)
+        WRITERS["onnx"](model, tmp_path / f"writer{i}.onnx", tuple(shape), x, "float")
+    written = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(written) == 1
+    assert cost_report(model, (3, 16, 16)) == cost_report(model, [1, 3, 16, 16])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 16, 16), (2, 2, 3, 16, 16), (), (3, 16.0, 16), (2, 16, 16), (1, 4, 16, 16)])
+def test_a_bad_input_shape_is_said_in_the_same_words_by_all(shape: tuple[int, ...], tmp_path: Path) -> None:
+    said = set()
+    calls: list[Callable[[nn.Module], object]] = [
+        lambda model: export_onnx(model, tmp_path / "net.onnx", shape),
+        lambda model: WRITERS["onnx"](model, tmp_path / "net.onnx", shape, None, "float"),
+        lambda model: cost_report(model, shape),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^input_shape \(") as caught:
+            call(small("apot-cifar", 3))
+        said.add(str(caught.value))
+    assert len(said) == 1
+    assert not list(tmp_path.iterdir())
+
+
+class Branches(nn.Linear):
+    """A layer that runs and cannot be traced."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input if input.sum() > 0 else -input)
+
+
 def test_mistakes_are_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), tmp_path / "net.onnx"
     with pytest.raises(ValueError, match="choose one of float, int8"):
@@ -256,7 +291,7 @@ def test_mistakes_are_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match=r"expected \(N, 4\)"):
         export_onnx(model, path, (4,), verify_with=torch.zeros(2, 5))
     with pytest.raises(ValueError, match="PyTorch cannot export it"):
-        export_onnx(model, path, (5,))
+        export_onnx(Branches(4, 2), path, (4,))
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match=r"needs onnxscript: pip install apot-fat\[export\]"):
         export_onnx(model, path, (4,))

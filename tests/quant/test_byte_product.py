@@ -106,6 +106,16 @@ def test_sums_beyond_what_float32_counts() -> None:
     assert_exact(layer, torch.full((2, 20_000), 100.0))
 
 
+@pytest.mark.parametrize(("count", "fits"), [(66_000, True), (66_500, False)])
+def test_sums_beyond_32_bits_are_those_of_floats(count: int, fits: bool) -> None:
+    layer = QuantLinear(count, 2, spec=preset("apot-imagenet-uniform", bits=8), bias=False).eval()
+    layer.weight_alpha.fill_(1e-3)  # type: ignore[union-attr]
+    layer.weight.fill_(1.0)[:, 0] = -1.0
+    y, x_max = layer(torch.full((2, count), 100.0)), layer.act_alpha.item()  # type: ignore[union-attr]
+    assert uses_bytes(layer) == fits
+    torch.testing.assert_close(y, torch.full((2, 2), (count - 2) * 1e-3 * x_max), rtol=1e-4, atol=0)
+
+
 def test_one_threshold_a_channel() -> None:
     layer = QuantConv2d(8, 6, 3, spec=replace(preset("apot-cifar", bits=4), weight_per_channel=True)).eval()
     layer.weight_alpha.copy_(torch.linspace(0.5, 3, 6))  # type: ignore[union-attr]
@@ -153,6 +163,31 @@ def test_what_is_kept_follows_every_change(change: str) -> None:
     assert uses_bytes(layer)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_nan_spoils_its_image_alone(memory_format: torch.memory_format) -> None:
+    layer = QuantConv2d(8, 6, 3, spec=preset("apot-cifar", bits=4)).eval()
+    x = torch.rand(3, 8, 6, 6).to(memory_format=memory_format)
+    clean = layer(x)
+    x[1, 2, 3, 4] = float("nan")
+    y = layer(x)
+    assert uses_bytes(layer)
+    assert y[1].isnan().any()
+    assert torch.equal(y[::2], clean[::2])
+    assert y.stride() == clean.stride()
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8)])
+def test_nan_spoils_its_row_alone(shape: tuple[int, ...]) -> None:
+    layer = QuantLinear(8, 5, spec=preset("apot-cifar", bits=4)).eval()
+    x = torch.rand(shape)
+    clean = layer(x)
+    x.view(-1, 8)[-1, 3] = float("nan")
+    y = layer(x).view(-1, 5)
+    assert uses_bytes(layer)
+    assert y[-1].isnan().all()
+    assert torch.equal(y[:-1], clean.view(-1, 5)[:-1])
+
+
 def test_nan_stays_nan() -> None:
     layer = QuantConv2d(8, 6, 3, spec=preset("apot-cifar", bits=4)).eval()
     x = torch.rand(2, 8, 6, 6)
@@ -194,3 +229,8 @@ def test_a_compiled_network_multiplies_bytes_too() -> None:
             y = graph(x)
         assert torch.equal(y, layer(x))
         assert layer._kept is not None or uses_bytes(layer)
+    x[1, 0, 0, 0] = float("nan")
+    with kept_weights(layer):
+        y = graph(x)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()

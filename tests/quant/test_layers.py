@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from apot_fat import QuantConv2d, QuantLinear, clipping_table, preset, set_bits, show_params
-from apot_fat.quant import ALPHA_FLOOR, PRESETS, EightBitConv2d, EightBitLinear, keep_thresholds_positive
+from apot_fat.quant import ALPHA_FLOOR, PRESETS, EightBitConv2d, EightBitLinear, keep_thresholds_positive, quantize
 
 LAYER_BITS = (2, 3, 4, 5)
 PUBLISHED = [name for name in PRESETS if name not in ("lsq", "pact")]  # by the authors of APoT and FAT
@@ -133,6 +133,20 @@ def test_set_bits_keeps_thresholds_and_creates_missing_ones() -> None:
     assert first.transform is not None
     with pytest.raises(ValueError, match="holds no QuantConv2d"):
         set_bits(nn.Linear(2, 2), 3)
+
+
+@pytest.mark.parametrize("float_side", ["weight_bits", "act_bits"])
+def test_set_bits_leaves_float_what_quantize_left_float(float_side: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    quantize(model, 5, edge_bits=32, **{float_side: 32})  # type: ignore[arg-type]
+    layer = model[1]
+    assert isinstance(layer, QuantLinear)
+    kept = set(layer.state_dict())
+    for bits in (4, 2):
+        set_bits(model, bits)
+        assert {layer.spec.weight_bits, layer.spec.act_bits} == {bits, 32}
+        assert getattr(layer.spec, float_side) == 32
+        assert set(layer.state_dict()) == kept
 
 
 def test_show_params_prints_the_published_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -23,10 +24,16 @@ def lsq(v: Tensor, s: Tensor, lowest: int, highest: int, features: int) -> Tenso
     return ((u.round() - u).detach() + u) * s
 
 
+@pytest.mark.parametrize("remembers", [False, True])
+@pytest.mark.parametrize("options", [{"kernel_size": 3, "padding": 1}, {"kernel_size": 1, "stride": 2}], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_sgd_on_the_threshold_is_sgd_on_lsq_s_step(bits: int) -> None:
-    layer = QuantConv2d(3, 5, 3, padding=1, spec=preset("lsq", bits=bits)).double()
-    x, target = torch.rand(4, 3, 6, 6).double(), torch.randn(4, 5, 6, 6).double()
+def test_sgd_on_the_threshold_is_sgd_on_lsq_s_step(
+    bits: int, options: dict[str, Any], remembers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apot_fat.quant.layers.REMEMBER_ELEMENTS", 0 if remembers else 1 << 62)
+    layer = QuantConv2d(3, 5, spec=preset("lsq", bits=bits), **options).double()
+    x = torch.rand(4, 3, 6, 6).double()
+    target = torch.randn_like(layer(x))
     initialize_thresholds(layer, x, "lsq")
     assert layer.weight_alpha is not None
     assert layer.act_alpha is not None
@@ -44,7 +51,7 @@ def test_sgd_on_the_threshold_is_sgd_on_lsq_s_step(bits: int) -> None:
         torch.testing.assert_close(layer.weight.detach(), w.detach(), rtol=1e-9, atol=1e-12)
         x_q = lsq(x, s_x, 0, q_act, x[0].numel())
         w_q = lsq(w, s_w, -q_weight - 1, q_weight, w.numel())
-        y = F.conv2d(x_q, w_q, padding=1)
+        y = F.conv2d(x_q, w_q, None, layer.stride, layer.padding)
         torch.testing.assert_close(layer(x), y, rtol=1e-9, atol=1e-12)
         for optimizer, output in ((ours, layer(x)), (theirs, y)):
             optimizer.zero_grad()

@@ -77,7 +77,8 @@ def test_every_cell_of_the_stored_sweeps_is_a_run(path: Path) -> None:
     sweep = read_sweep(path)
     for word in ("command:", "hardware:", "time:", "expected:", "source:"):
         assert f"\n# {word}" in path.read_text()
-    overrides = {"output": "out", "teacher": "teacher.pth"} if "ablation" in path.stem else {"output": "out"}
+    named = {"teacher": "teacher.pth", "init": "init.pth"} if "ablation" in path.stem else {}
+    overrides = {"output": "out", **named}
     configs = [sweep.config(cell, overrides) for cell in sweep.cells()]
     assert len({(config.output, config.run_name) for config in configs}) == len(configs)
 
@@ -95,7 +96,7 @@ def test_the_full_sweep_takes_the_recipe_files_and_runs_at_a_tiny_size(run: Run,
     code, out, err = run("sweep.py", "--config", sweep.path, *data, *tiny, "--methods", "fat-cifar")
     assert (code, err) == (0, "")
     assert "| ours |" in out
-    assert len(Path("out/results.csv").read_text().splitlines()) == 1 + 2 * 3
+    assert len(Path("out/results.csv").read_text().splitlines()) == 1 + 4 + 3
 
 
 @pytest.mark.parametrize(

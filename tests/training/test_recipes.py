@@ -11,7 +11,8 @@ from apot_fat.training import read_recipe, train_epoch
 from apot_fat.training.build import make_batches
 from apot_fat.training.objective import Objective
 from apot_fat.training.optim import make_optimizer, make_schedule
-from apot_fat.training.recipe import CONFIG_ROOT
+from apot_fat.training.recipe import CONFIG_ROOT, find_recipe
+from apot_fat.training.sweep import read_sweep
 
 SIZES = {"digits": 8, "cifar10": 32, "imagenet": 224}
 
@@ -55,6 +56,17 @@ def test_every_row_of_the_papers_has_a_recipe() -> None:
             assert recipe.config(recipe.chain[0]).init == "torchvision"
             assert not recipe.config(4).threshold_groups
         assert find_architecture(recipe.config(4).arch).dataset == name.split("/")[0]
+
+
+def test_the_full_sweep_has_the_published_chains_whole() -> None:
+    sweep = read_sweep(CONFIG_ROOT / "sweeps/cifar10_full.toml")
+    for name, recipe in sweep.recipes.items():
+        for method, widths in recipe.methods.items():
+            found = find_recipe("cifar10", "resnet20", method, name)
+            assert found is not None
+            assert widths == found.chain[: len(widths)]
+            assert name == "ours" or widths == found.chain
+    assert sweep.recipes["published"].methods["fat-cifar"] == (32, 5, 4, 3)
 
 
 def test_every_recipe_of_ours_has_at_most_half_the_published_epochs_and_bf16_on_gpus() -> None:
