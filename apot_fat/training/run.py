@@ -24,7 +24,7 @@ from apot_fat.training.build import (
     sample_images,
     seed_everything,
 )
-from apot_fat.training.compile import compile_network
+from apot_fat.training.compile import choose_kernels, compile_network
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.distributed import (
@@ -68,6 +68,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
     processes = launched()
     device = choose_device(config.device, config.gpu, processes.local_rank)
     set_numerics(config.numerics, device)
+    choose_kernels(config.compile)
     sharding = Sharding(processes.rank, processes.world, config.accumulate)
     sharding.check(config.batch_size)
     folder = Path(config.output) / config.run_name
