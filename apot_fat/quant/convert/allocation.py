@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from apot_fat.optional import needed_for
-from apot_fat.quant.convert.batches import Calibration, read_batches
+from apot_fat.quant.convert.batches import Calibration, read_batches, run_batch
 from apot_fat.quant.convert.calibration import run_quantized
 from apot_fat.quant.convert.network import convert_planned, relative_error, unchanged
 from apot_fat.quant.convert.norms import move_batch_norms
@@ -216,7 +216,7 @@ def _multiplications(model: nn.Module, plan: NetworkPlan, names: list[str]) -> d
         counted[by_layer[layer]] += y.numel() // layer.weight.shape[0] * layer.weight.numel()
 
     with evaluation_mode(model), watch_outputs(by_layer, count):
-        model(**one) if isinstance(one, Mapping) else model(one)
+        run_batch(model, one)
     return counted
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from apot_fat.text import one_line
 
@@ -40,6 +41,11 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         shape = f"of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"(a {type(batch).__name__})"
         raise ValueError(f"calibration {shape}: the network refuses it ({one_line(error)})") from error
+
+
+def floating(output: Any) -> list[Tensor]:
+    """The floating tensors of what a module gives."""
+    return [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
 
 
 def split_batches(batches: list[Any], size: int) -> list[Any]:

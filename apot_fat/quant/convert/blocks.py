@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from apot_fat.quant.convert.batches import run_batch
-from apot_fat.quant.watching import evaluation_mode
+from apot_fat.quant.convert.batches import floating, run_batch
+from apot_fat.quant.watching import evaluation_mode, watch_inputs, watch_outputs
 
 MOST_LAYERS = 10
 """Layers of a block; a module that holds more is opened. A residual block has 2 to 4, one of a transformer 4 to 7."""
@@ -74,11 +74,6 @@ class _ReachedError(Exception):
     pass
 
 
-def floating(output: Any) -> list[Tensor]:
-    """The floating tensors of what a module gives."""
-    return [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
-
-
 def cloned(inputs: Inputs) -> Inputs:
     """A copy that a block may overwrite."""
     return tree_map_only(Tensor, Tensor.clone, inputs)
@@ -108,7 +103,7 @@ def find_blocks(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -
             behind[found[1]].append(module)
             ends[module] = found[1]
 
-    def after(module: nn.Module, _: Any, output: Any) -> None:
+    def after(module: nn.Module, output: Any) -> None:
         if floating(output):
             gives.add(module)
         layer = module if module in behind else ends.pop(module, None)
@@ -117,20 +112,12 @@ def find_blocks(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -
 
     ends: dict[nn.Module, nn.Module] = {}
     gives: set[nn.Module] = set()  # floating tensors
-    handles = [
-        hook
-        for module in names
-        for hook in (module.register_forward_pre_hook(before), module.register_forward_hook(after))
-    ]
-    try:
-        with evaluation_mode(model):
-            run_batch(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluation_mode(model), watch_inputs(names, before), watch_outputs(names, after):
+        run_batch(model, batch)
 
     def find(name: str, module: nn.Module) -> Iterator[Block]:
-        held = [layer for layer in layers.values() if layer in set(module.modules())]
+        within = set(module.modules())
+        held = [layer for layer in layers.values() if layer in within]
         if module in behind:
             chain = [module]
             for following in behind[module]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from apot_fat.quant.convert.batches import run_batch
+from apot_fat.quant.convert.batches import floating, run_batch
 from apot_fat.quant.convert.norms import batch_norms, channel_statistics
 from apot_fat.quant.sampling import sample
 from apot_fat.quant.thresholds import FIT_SAMPLES
@@ -87,7 +87,7 @@ def watch_layers(model: nn.Module, layers: Mapping[str, nn.Module], batches: lis
                     given[names[id(module)]] = sample(output, _OUTPUT_SAMPLES).clone()
 
             with watch_outputs(layers.values(), note_output):
-                outputs.append(_some_of(run_batch(model, batch)))
+                outputs.append(floating(run_batch(model, batch)))
             for name, output in given.items():
                 if name in seen:
                     seen[name].output.append(output)
@@ -126,7 +126,7 @@ def run_quantized(
         with evaluation_mode(model):
             for batch in batches:
                 called: dict[nn.Module, Tensor] = {}
-                outputs.append(_some_of(run_batch(model, batch)))
+                outputs.append(floating(run_batch(model, batch)))
                 for layer, y in called.items():
                     ran.setdefault(layer, []).append(y)
     finally:
@@ -194,10 +194,6 @@ class _Mark(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         raise NotImplementedError
-
-
-def _some_of(output: Any) -> list[Tensor]:
-    return [y.detach() for y in tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
 
 
 def _joined(outputs: list[list[Tensor]]) -> Tensor | None:

@@ -3,10 +3,8 @@ from __future__ import annotations
 import copy
 import itertools
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,11 +12,11 @@ import torchvision
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from apot_fat import allocate_bits, load_weights, quantize
-from apot_fat.data.normalization import CIFAR_APOT
+from apot_fat import allocate_bits, quantize
 from apot_fat.models import create_model
 from apot_fat.quant import quant_layers
 from apot_fat.quant.convert.allocation import Allocation
+from tests.quant.convert.conftest import Released
 
 
 def convolutional() -> nn.Module:
@@ -128,20 +126,7 @@ def test_a_network_without_a_measurable_output_is_refused() -> None:
     assert type(model.layers[1]) is nn.Linear
 
 
-def released_network(reference: Path) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
-    """The released fp32 ResNet-20; images to calibrate on, test images and their labels."""
-    model = create_model("resnet20", bits=32)
-    load_weights(model, reference / "reference/released/res20_32bit/model_best.pth.tar")
-    mean, std = (torch.tensor(channels).view(3, 1, 1) for channels in CIFAR_APOT)
-    images, labels = {}, {}
-    for part in ("train", "test"):
-        with np.load(reference / f"data/cifar10_lossless_{part}.npz") as content:
-            images[part] = (torch.from_numpy(content["images"]).float() / 255 - mean) / std
-            labels[part] = torch.from_numpy(content["labels"])
-    return model.eval(), images["train"][:1024], images["test"], labels["test"]
-
-
-def digits_network() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+def digits_network() -> Released:
     """MobileNetV2 of torchvision, trained here on the digits at 32 × 32."""
     torch.manual_seed(0)
     images, labels = load_digits(return_X_y=True)
@@ -156,14 +141,14 @@ def digits_network() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
         F.cross_entropy(model(x[batch]), y[batch]).backward()
         optimizer.step()
         schedule.step()
-    return model.eval(), x[:1000], x[1400:], y[1400:]
+    return Released(model.eval(), x[:1000], x[1400:], y[1400:])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["resnet20", "mobilenet_v2"])
 def test_three_bits_on_average_beat_three_bits_everywhere(network: str, request: pytest.FixtureRequest) -> None:
-    reference = request.getfixturevalue("reference") if network == "resnet20" else Path()
-    model, x, tested, labels = released_network(reference) if network == "resnet20" else digits_network()
+    trained: Released = request.getfixturevalue("released") if network == "resnet20" else digits_network()
+    model, x = trained.model, trained.images[:1024]
     counts, errors = [], []
     given = allocate_bits(model, x, average=3.0)
     print(f"\n{network}\n{given}")
@@ -171,12 +156,10 @@ def test_three_bits_on_average_beat_three_bits_everywhere(network: str, request:
         quantized = copy.deepcopy(model)
         done = quantize(quantized, 3, overrides=overrides, calibration=x)
         assert done.error is not None
-        with torch.inference_mode():
-            counts.append(int((quantized(tested).argmax(1) == labels).sum()))
+        counts.append(trained.correct(quantized))
         errors.append(done.error)
-    with torch.inference_mode():
-        exact = int((model(tested).argmax(1) == labels).sum())
-    print(f"of {len(labels):,} images: float {exact}, 3 bits everywhere {counts[0]}, on average {counts[1]}; {errors}")
+    exact, total = trained.correct(model), len(trained.labels)
+    print(f"of {total:,} images: float {exact}, 3 bits everywhere {counts[0]}, on average {counts[1]}; {errors}")
     assert given.bytes <= sum(-(-row.weights * 3 // 8) for row in given.rows)
     assert counts[1] > counts[0]
     assert errors[1] < errors[0]

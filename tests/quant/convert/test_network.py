@@ -1,19 +1,17 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apot_fat import QuantConv2d, QuantLinear, dequantize, load_weights, quantize, set_bits
-from apot_fat.data.normalization import CIFAR_APOT
+from apot_fat import QuantConv2d, QuantLinear, dequantize, quantize, set_bits
 from apot_fat.models import create_model
 from apot_fat.quant import EightBitConv2d, EightBitLinear, fit_threshold, level_set, quant_layers, quantize_activation
 from apot_fat.quant.watching import watch_inputs
+from tests.quant.convert.conftest import Released
 
 
 class Odd(nn.Module):
@@ -289,18 +287,9 @@ def test_our_own_networks_go_through_as_they_are(arch: str) -> None:
         *(("fat", 8, 945), ("fat", 6, 945), ("fat", 4, 900), ("fat", 3, 870)),
     ],
 )
-def test_the_released_network_keeps_its_accuracy(method: str, bits: int, at_least: int, reference: Path) -> None:
-    model = create_model("resnet20", bits=32)
-    load_weights(model, reference / "reference/released/res20_32bit/model_best.pth.tar")
-    mean, std = (torch.tensor(channels).view(3, 1, 1) for channels in CIFAR_APOT)
-    images, labels = {}, {}
-    for part in ("train", "test"):
-        with np.load(reference / f"data/cifar10_lossless_{part}.npz") as content:
-            images[part] = (torch.from_numpy(content["images"]).float() / 255 - mean) / std
-            labels[part] = torch.from_numpy(content["labels"])
-    quantize(model, bits, method, calibration=images["train"][:500])
-    with torch.inference_mode():
-        correct = int((model.eval()(images["test"]).argmax(1) == labels["test"]).sum())
+def test_the_released_network_keeps_its_accuracy(method: str, bits: int, at_least: int, released: Released) -> None:
+    quantize(released.model, bits, method, calibration=released.images[:500])
+    correct = released.correct(released.model)
     print(f"{method}, {bits} bits, calibrated: {correct} of 1,017")
     assert correct >= at_least
 

@@ -2,20 +2,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apot_fat import Reconstruction, load_weights, quantize, reconstruct
-from apot_fat.data.normalization import CIFAR_APOT
-from apot_fat.models import create_model
+from apot_fat import Reconstruction, quantize, reconstruct
 from apot_fat.quant.convert.batches import split_batches
 from apot_fat.quant.convert.norms import align_batch_norms
+from tests.quant.convert.conftest import Released
 
 QUICK = Reconstruction(steps=40, joint_steps=40, batch_size=16)
 
@@ -236,19 +233,10 @@ def test_bad_requests_change_nothing(trained: Net) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "at_least"), [(4, 940), (3, 930), (2, 875)])
-def test_the_released_network_is_reconstructed(bits: int, at_least: int, reference: Path) -> None:
-    model = create_model("resnet20", bits=32)
-    load_weights(model, reference / "reference/released/res20_32bit/model_best.pth.tar")
-    model.to(memory_format=torch.channels_last)
-    mean, std = (torch.tensor(channels).view(3, 1, 1) for channels in CIFAR_APOT)
-    sets = {}
-    for part in ("train", "test"):
-        with np.load(reference / f"data/cifar10_lossless_{part}.npz") as content:
-            sets[part] = (torch.from_numpy(content["images"]).float() / 255 - mean) / std
-            labels = torch.from_numpy(content["labels"])
-    chosen = torch.randperm(len(sets["train"]), generator=torch.Generator().manual_seed(0))[:1024]
-    quantize(model.eval(), bits, calibration=sets["train"][chosen], reconstruct=True)
-    with torch.inference_mode():
-        correct = int((model(sets["test"]).argmax(1) == labels).sum())
+def test_the_released_network_is_reconstructed(bits: int, at_least: int, released: Released) -> None:
+    model = released.model.to(memory_format=torch.channels_last)
+    chosen = torch.randperm(len(released.images), generator=torch.Generator().manual_seed(0))[:1024]
+    quantize(model, bits, calibration=released.images[chosen], reconstruct=True)
+    correct = released.correct(model)
     print(f"apot, {bits} bits, reconstructed: {correct} of 1,017")
     assert correct >= at_least
