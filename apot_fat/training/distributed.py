@@ -87,10 +87,34 @@ def process_group(processes: Processes, device: torch.device, timeout_s: float) 
 
 
 def wrap(model: nn.Module, processes: Processes, device: torch.device) -> nn.Module:
-    """The model as the loop trains it: inside ``DistributedDataParallel`` where there are several processes."""
+    """The model as the loop trains it: inside ``DistributedDataParallel`` where there are several processes.
+
+    A step's gradients are summed in one order, in the first step of a run, in any later one and in the first after it
+    is resumed.
+    """
     if not processes.is_distributed:
         return model
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    _settle_buckets(wrapped)
+    return wrapped
+
+
+def _settle_buckets(wrapped: DistributedDataParallel) -> None:
+    # after its first backward pass, and then never again, it divides the parameters anew into the buckets whose
+    # gradients are summed together; three processes and more sum in another order then. So that pass is one of no steps
+    network, wrapped.module = wrapped.module, _SumOfParameters(wrapped.module)
+    wrapped().backward()
+    wrapped.module = network
+    wrapped.zero_grad(set_to_none=True)
+
+
+class _SumOfParameters(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self) -> Tensor:
+        return torch.stack([p.sum() for p in self.network.parameters() if p.requires_grad]).sum()
 
 
 def share_buffers(model: nn.Module) -> None:

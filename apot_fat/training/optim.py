@@ -85,7 +85,7 @@ def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
 
     Equation, T the run's steps, s the step from 0: ``step`` γ^(number of lr_steps ≤ s); ``cosine``
     (1 + cos(π s / T)) / 2; ``onecycle`` from 1/25 up to 1 at 0.3 T and down to 1e-4, both as half cosines. A warm-up
-    multiplies by s / warmup first. ``lr_steps`` and ``warmup`` count epochs or steps, as ``lr_unit`` says.
+    multiplies by (s + 1) / warmup first. ``lr_steps`` and ``warmup`` count epochs or steps, as ``lr_unit`` says.
 
     Args:
         config: schedule and its fields.
@@ -102,9 +102,8 @@ def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
         factor = _half_cosine(1 / 25, 1.0, progress / 0.3)
     else:
         factor = _half_cosine(1.0, 1e-4, (progress - 0.3) / 0.7)
-    if now < config.warmup:
-        factor *= now / config.warmup
-    return factor
+    warmup = config.warmup if config.lr_unit == "steps" else config.warmup * steps_per_epoch
+    return factor * min((step + 1) / max(warmup, 1), 1.0)
 
 
 def _half_cosine(start: float, end: float, progress: float) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from apot_fat.data import Batches, Dataset, Sharding
+from apot_fat.data.sharding import mix_seed
 from apot_fat.quant.diagnosis import odd_layers
 from apot_fat.quant.layers import clipping_table, keep_thresholds_positive
 from apot_fat.training.averaging import WeightAverage
@@ -78,6 +79,8 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
         seed_everything(config.seed)
         sets = _make_sets(config, dataset, device, sharding)
         state = _make_state(config, len(dataset.classes), len(sets.train), device, processes, is_new=before is None)
+        if processes.rank:  # dropout of its own; the network is the first process's
+            torch.manual_seed(mix_seed(config.seed, processes.rank))
         objective = make_objective(config, len(dataset.classes), device)
         history, position = ([], None) if before is None else state.restore(before, processes)
         again = state.tested if position is None else None

@@ -58,6 +58,12 @@ def test_two_and_four_processes_equal_one(tmp_path: Path, preset: str) -> None:
         assert (other_correct, other_total) == (correct, 37)
 
 
+@pytest.mark.parametrize("processes", [3, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_resumed_run_of_several_processes_sums_gradients_in_the_same_order(processes: int) -> None:
+    done = run(torchrun(processes, WORKER.with_name("rewrapped_worker.py")), ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_a_taken_port_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -168,6 +174,7 @@ def test_torchrun_trains_a_chain_and_writes_once(tmp_path: Path) -> None:
     assert done.stdout.count("figure:") == 1
     content = read_checkpoint(tmp_path / "out/resnet20_4bit/checkpoint.pth.tar")
     assert len(content["rng"]) == 2
+    assert not torch.equal(*(rng["cpu"] for rng in content["rng"]))  # dropout of its own
     assert not any(name.startswith("module.") for name in content["state_dict"])
     # what is recorded is what the checkpoint gives: processes have batch statistics of their own images
     config = run_config(content, tmp_path)

@@ -54,10 +54,10 @@ def test_onecycle_and_warm_up() -> None:
     assert lr_factor(config, 300, 10) == pytest.approx(1)
     assert lr_factor(config, 1000, 10) == pytest.approx(1e-4)
     warm = TrainConfig(warmup=4, epochs=100)
-    assert [lr_factor(warm, 10 * epoch, 10) for epoch in (0, 1, 4)] == [0, 0.25, 1]
+    assert [lr_factor(warm, step, 10) for step in (0, 9, 39, 40)] == [1 / 40, 0.25, 1, 1]
 
 
 def test_schedules_in_steps() -> None:
     config = TrainConfig(lr_unit="steps", lr_steps=(30, 60), warmup=5, epochs=100)
-    factors = [lr_factor(config, step, 10) for step in (0, 1, 5, 29, 30, 60)]
-    assert factors == pytest.approx([0, 0.2, 1, 1, 0.1, 0.01])
+    factors = [lr_factor(config, step, 10) for step in (0, 1, 4, 29, 30, 60)]
+    assert factors == pytest.approx([0.2, 0.4, 1, 1, 0.1, 0.01])
