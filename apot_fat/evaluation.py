@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
-from apot_fat.checkpoint import PACKED_SUFFIX, fetch_released, load_packed, load_weights, num_outputs, read_checkpoint
+from apot_fat.checkpoint import fetch_released
 from apot_fat.command_line import Request, log
-from apot_fat.models import find_architecture
 from apot_fat.quant.layers import show_params
-from apot_fat.training.build import create_network, created_config, load_config_dataset, make_batches
+from apot_fat.training.build import load_config_dataset, make_batches
 from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.folder import BEST
 from apot_fat.training.loop import Result, evaluate
+from apot_fat.training.network import open_network
 
 PUBLISHED_ARCH = "res20"  # what the published evaluation line leaves out
 
@@ -38,8 +36,8 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
 def evaluate_request(request: Request) -> Result:
     """Evaluate what a command line names and print the published lines: test log, precision, thresholds.
 
-    One of our checkpoints knows its network, bits and data; a packed file its network and bits; a released one is on
-    CIFAR-10 unless told.
+    One of our checkpoints knows its network, bits and data; a packed file its network and bits; a published one is that
+    of a ResNet-20 on CIFAR-10 unless told.
 
     Raises:
         ValueError: no such checkpoint, one of another network, or bits that are neither recorded nor given.
@@ -52,15 +50,15 @@ def evaluate_request(request: Request) -> Result:
         log.info("%s: %s top-1 %.2f%%", entry.name, "recorded" if entry.file else "published", entry.top1)
     else:
         path = _checkpoint_path(request)
-    if path.suffix == PACKED_SUFFIX:
-        config, classes, model = _read_packed(path, request)
-    else:
-        config, classes, model = _read_checkpoint(path, request)
+    opened = open_network(path, {**request.given, "init": None}, arch=PUBLISHED_ARCH)
+    config, model = opened.config, opened.model
     device = choose_device(config.device, config.gpu)
     set_numerics(config.numerics, device)
     dataset = load_config_dataset(config, need_train=False)
-    if int(dataset.test.labels_N.max()) >= classes:
-        raise ValueError(f"checkpoint {path}: has {classes} outputs, {dataset.name} has {len(dataset.classes)} classes")
+    if int(dataset.test.labels_N.max()) >= opened.num_classes:
+        raise ValueError(
+            f"{opened.where}: has {opened.num_classes} outputs, {dataset.name} has {len(dataset.classes)} classes"
+        )
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -73,34 +71,6 @@ def evaluate_request(request: Request) -> Result:
     log.info("%d of %d images correct (%s, test)", result.correct, result.total, dataset.name)
     show_params(model)
     return result
-
-
-def _read_checkpoint(path: Path, request: Request) -> tuple[TrainConfig, int, nn.Module]:
-    content = read_checkpoint(path)
-    recorded = content.get("config")
-    if isinstance(recorded, dict):
-        kept = {**recorded, **request.given}
-        if (
-            "arch" in request.given
-            and find_architecture(request.given["arch"]).name != find_architecture(recorded["arch"]).name
-        ):
-            raise ValueError(f"checkpoint {path}: holds {recorded['arch']}, not {request.given['arch']}")
-        config = TrainConfig.from_dict(kept, f"checkpoint {path}")
-    else:
-        if "bit" not in request.given:
-            raise ValueError(f"checkpoint {path}: does not record its bit-width; give --bit")
-        published: dict[str, Any] = {"arch": PUBLISHED_ARCH, **request.given}
-        published.setdefault("data", find_architecture(published["arch"]).dataset)
-        config = TrainConfig.from_dict(published, "command line")
-    classes = num_outputs(content, f"checkpoint {path}")
-    return config, classes, load_weights(create_network(config, classes), content)
-
-
-def _read_packed(path: Path, request: Request) -> tuple[TrainConfig, int, nn.Module]:
-    model = load_packed(path)
-    made: Any = model.created_as
-    given = {"data": find_architecture(made["name"]).dataset, **request.given}
-    return created_config(model, **given), made["num_classes"], model
 
 
 def next_higher_checkpoint(config: TrainConfig) -> Path:

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from apot_fat.checkpoint import load_weights, num_outputs, read_checkpoint
 from apot_fat.command_line import OneLineParser, log, run_main
 from apot_fat.export import WRITERS
 from apot_fat.report.subject import usual_shape
-from apot_fat.training.build import create_network, load_config_dataset, make_batches
+from apot_fat.training.build import load_config_dataset, make_batches
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.folder import recorded_shape
+from apot_fat.training.network import open_network
 
 VERIFY_IMAGES = 100
 
@@ -33,26 +33,12 @@ def main(argv: list[str] | None = None) -> None:
         "--data", metavar="NAME", help="images to measure ranges and compare on: as train.py's --data (default: noise)"
     )
     options = parser.parse_args(argv)
-    content = read_checkpoint(options.checkpoint)
     names = ("arch", "bit", "preset", "image_size", "data")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    recorded = content.get("config")
-    if not isinstance(recorded, dict):
-        missing = [f"--{name}" for name in ("arch", "bit") if name not in given]
-        if missing:
-            raise ValueError(
-                f"checkpoint {options.checkpoint}: does not record its network; give {' and '.join(missing)}"
-            )
-        recorded = {}
-    if "data" in given:
-        given["test_data"] = None  # the recorded one belongs to other data
-    config = TrainConfig.from_dict({**recorded, **given}, f"checkpoint {options.checkpoint}")
-    classes = num_outputs(content, f"checkpoint {options.checkpoint}")
-    model = load_weights(create_network(config, classes), content).eval()
-    images = _images(config) if "data" in given else None
-    shape = recorded_shape(content, f"checkpoint {options.checkpoint}")
-    input_shape = usual_shape(config, shape, options.image_size) if images is None else tuple(images.shape[1:])
-    said = WRITERS[options.to](model, Path(options.output), input_shape, images, options.mode)
+    opened = open_network(options.checkpoint, {name: getattr(options, name) for name in names})
+    images = _images(opened.config) if options.data else None
+    shape = recorded_shape(opened.content, opened.where)
+    input_shape = usual_shape(opened.config, shape, options.image_size) if images is None else tuple(images.shape[1:])
+    said = WRITERS[options.to](opened.model, Path(options.output), input_shape, images, options.mode)
     log.info("%s: %s", options.output, said)
 
 

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from apot_fat.checkpoint import (
-    PACKED_SUFFIX,
-    TORCHVISION,
-    load_weights,
-    num_outputs,
-    read_checkpoint,
-    save_packed,
-    torchvision_weights,
-)
+from apot_fat.checkpoint import PACKED_SUFFIX, save_packed
 from apot_fat.command_line import OneLineParser, log, run_main
 from apot_fat.data import Dataset
-from apot_fat.models import find_architecture
 from apot_fat.quant import FLOAT_BITS, Reconstruction, allocate_bits, quantize
 from apot_fat.quant.convert import METHODS
-from apot_fat.training.build import create_network, load_config_dataset, make_batches, unlabelled_images
+from apot_fat.training.build import load_config_dataset, make_batches, unlabelled_images
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.loop import Result, evaluate
+from apot_fat.training.network import open_network
 
 RUN_OPTIONS = ("arch", "data", "test_data", "image_size", "device", "seed")
 
@@ -69,8 +60,10 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(options.output)
     if output.suffix != PACKED_SUFFIX:
         raise ValueError(f"--output {output}: a packed file ends in {PACKED_SUFFIX}")
-    given = {name: value for name in RUN_OPTIONS if (value := getattr(options, name)) is not None}
-    config, model = _float_network(options.init, given)
+    opened = open_network(options.init, {name: getattr(options, name) for name in RUN_OPTIONS}, bit=FLOAT_BITS)
+    config, model = opened.config, opened.model
+    if config.bit != FLOAT_BITS:
+        raise ValueError(f"{opened.where}: holds a network of {config.bit} bits; give the full-precision one")
     device = choose_device(config.device, config.gpu)
     set_numerics(config.numerics, device)
     dataset = load_config_dataset(config)
@@ -107,32 +100,6 @@ def main(argv: list[str] | None = None) -> None:
         counts = f"{result.correct:,} of {result.total:,} correct"
         log.info("%s, %.3f%%: %s (%s, test)", counts, result.top1, network, config.test_data or dataset.name)
     log.info("%s: %s bytes, in %.0f s", output, f"{size:,}", seconds)
-
-
-def _float_network(init: str, given: dict[str, Any]) -> tuple[TrainConfig, nn.Module]:
-    """The network of a checkpoint, and how its images are made."""
-    recorded: Any = None
-    if init == TORCHVISION:
-        if "arch" not in given:
-            raise ValueError(f"--init {TORCHVISION}: name the network with --arch")
-        content: Any = {"state_dict": torchvision_weights(given["arch"])}
-    else:
-        content = read_checkpoint(init)
-        recorded = content.get("config")
-    if isinstance(recorded, dict):
-        if recorded.get("bit") != FLOAT_BITS:
-            raise ValueError(
-                f"checkpoint {init}: holds a network of {recorded.get('bit')} bits; give the full-precision one"
-            )
-        if "data" in given:
-            recorded = {**recorded, "test_data": None}
-    elif "arch" not in given:
-        raise ValueError(f"checkpoint {init}: does not record its network; give --arch")
-    else:
-        recorded = {"bit": FLOAT_BITS, "data": find_architecture(given["arch"]).dataset}
-    config = TrainConfig.from_dict({**recorded, **given}, f"checkpoint {init}")
-    model = create_network(config, num_outputs(content, f"checkpoint {init}"))
-    return config, load_weights(model, content).eval()
 
 
 def _test(model: nn.Module, config: TrainConfig, dataset: Dataset, device: torch.device) -> Result:

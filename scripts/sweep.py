@@ -14,6 +14,7 @@ from apot_fat.optional import MissingPackageError
 from apot_fat.report import draw_sweep, seeds_table, sweep_table
 from apot_fat.report.sweep import MEASURES
 from apot_fat.training.distributed import launched
+from apot_fat.training.finite import NonFiniteError
 from apot_fat.training.folder import RunSummary
 from apot_fat.training.recipe import PUBLISHED
 from apot_fat.training.results import ResultRow, read_results, write_results
@@ -64,10 +65,19 @@ def main(argv: list[str] | None = None) -> None:
             write_results(rows, output / "results.csv")
 
     logging.getLogger("apot_fat").setLevel(logging.WARNING)  # the runs' own lines
-    rows = run_sweep(sweep, given, wanted=chosen(sweep, options), after_cell=after_cell)
-    if not first:
-        return
+    rows, failed = run_sweep(sweep, given, wanted=chosen(sweep, options), after_cell=after_cell)
+    if first:
+        show(sweep, rows, output, options)
+    if failed:
+        reasons = "; ".join(f"{cell} {reason}" for cell, reason in failed.items())
+        raise NonFiniteError(f"{len(failed)} runs have not finished: {reasons}")
+
+
+def show(sweep: Sweep, rows: list[ResultRow], output: Path, options: argparse.Namespace) -> None:
+    """Store the results, print their tables and draw them."""
     write_results(rows, output / "results.csv")
+    if not rows:
+        return
     rows = read_results(output / "results.csv")  # what is printed is what is stored
     baseline = options.baseline or sweep.baseline
     has_baseline = bool(options.baseline) or any(row.recipe == baseline for row in rows)

@@ -3,6 +3,7 @@
 from apot_fat.checkpoint.files import (
     atomic_write,
     before,
+    file_checksum,
     read_checkpoint,
     read_newest,
     remove_leftovers,
@@ -21,6 +22,7 @@ __all__ = [
     "best_accuracy",
     "checkpoint_thresholds",
     "fetch_released",
+    "file_checksum",
     "load_packed",
     "load_weights",
     "num_outputs",

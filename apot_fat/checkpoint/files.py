@@ -120,6 +120,12 @@ def checksum(content: Any) -> str:
     return digest.hexdigest()
 
 
+def file_checksum(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes: 64 hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _on_cpu(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value if value.device.type == "cpu" else value.detach().cpu()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tomllib
 from dataclasses import dataclass, fields
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.hub import download_url_to_file
 
+from apot_fat.checkpoint.files import file_checksum
 from apot_fat.models import find_architecture
 from apot_fat.quant.spec import nearest
 
@@ -97,7 +97,7 @@ def fetch_released(name: str, cache: str | os.PathLike[str] | None = None) -> tu
                 f"{name} is not in {folder} and has no address of its own: put its file from {source} at {path}"
             )
         _download(entry.address, path, f"put the file from {source} at {path}")
-    if entry.sha256 and (found := _sha256(path)) != entry.sha256:
+    if entry.sha256 and (found := file_checksum(path)) != entry.sha256:
         raise ValueError(f"{path}: sha256 {found}, the manifest says {entry.sha256}; remove it to fetch it again")
     return entry, path
 
@@ -132,8 +132,3 @@ def _download(address: str, path: Path, remedy: str) -> None:
             path.parent.rmdir()
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path.name} could not be downloaded ({reason}): {remedy}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -29,7 +29,11 @@ _INITIAL_VALUES = 2  # of a kind of threshold in one network: FAT's MobileNetV2 
 
 
 def load_weights(
-    model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any], *, other_bits: bool = False
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    other_bits: bool = False,
+    label: str | None = None,
 ) -> nn.Module:
     """Load weights in any published naming, or ours, strictly.
 
@@ -45,6 +49,7 @@ def load_weights(
         source: where the weights come from.
         other_bits: True to start from another bit-width: thresholds and transforms that the source lacks keep their
             initial values, those that the model lacks are dropped, and so is a bias only full precision has.
+        label: what errors call the source.
 
     Returns:
         The model.
@@ -53,7 +58,7 @@ def load_weights(
         ValueError: a file that is no checkpoint, or names and shapes that do not fit, naming them; the model is then
             unchanged.
     """
-    label = "state dict" if isinstance(source, Mapping) else f"checkpoint {Path(source)}"
+    label = label or ("state dict" if isinstance(source, Mapping) else f"checkpoint {Path(source)}")
     content = source if isinstance(source, Mapping) else read_checkpoint(source)
     state = _rename(state_dict_of(content, label), model)
     own = model.state_dict()

@@ -5,10 +5,13 @@ Shape suffixes: ``_NHWC`` images, ``_N`` one entry an image, ``_B`` one entry an
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +54,12 @@ class ImageSet:
         """Height and width."""
         return self.images_NHWC.shape[1], self.images_NHWC.shape[2]
 
+    def update(self, digest: Any) -> None:
+        """Take the images and labels into a checksum."""
+        digest.update(f"{tuple(self.images_NHWC.shape)}".encode())
+        digest.update(self.images_NHWC.contiguous().numpy())
+        digest.update(self.labels_N.contiguous().numpy())
+
     def subset(self, indices: Tensor) -> ImageSet:
         """The images at the given indices."""
         return ImageSet(self.images_NHWC[indices], self.labels_N[indices])
@@ -74,6 +83,12 @@ class FileSet:
     def path(self, index: int) -> Path:
         """The file of an image."""
         return Path(os.fsdecode(bytes(self.paths_N[index])))
+
+    def update(self, digest: Any) -> None:
+        """Take the files' names within their class folders, and the labels, into a checksum; no file is read."""
+        for path in self.paths_N.tolist():
+            digest.update(os.path.basename(path) + b"\n")
+        digest.update(self.labels_N.contiguous().numpy())
 
     def subset(self, indices: Tensor) -> FileSet:
         """The files at the given indices."""
@@ -99,6 +114,16 @@ class Dataset:
     train: ImageSet | FileSet | None
     test: ImageSet | FileSet
     val: ImageSet | FileSet | None = None
+
+    @cached_property
+    def checksum(self) -> str:
+        """SHA-256 of classes, images and labels, wherever they lie; of images on disk their names stand for them."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for part in (self.train, self.test, self.val):
+            digest.update(b"\n")
+            if part is not None:
+                part.update(digest)
+        return digest.hexdigest()
 
     def with_val_split(self, fraction: float, seed: int) -> Dataset:
         """Hold out a random fraction of the training images.

@@ -23,9 +23,10 @@ from apot_fat.quant.kernels import set_kernels
 from apot_fat.quant.spec import QuantSpec, preset
 from apot_fat.timing import forward_backward, median_milliseconds, passes_over, training_step
 from apot_fat.training import Result, TrainConfig, train_epoch
-from apot_fat.training.build import FILE_SIZE, create_network, default_workers, load_config_dataset, make_batches
+from apot_fat.training.build import FILE_SIZE, default_workers, load_config_dataset, make_batches
 from apot_fat.training.compile import compile_network
 from apot_fat.training.device import set_numerics
+from apot_fat.training.network import create_network
 from apot_fat.training.optim import make_optimizer, make_schedule
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from apot_fat.checkpoint import atomic_write, load_weights, num_outputs, read_checkpoint
+from apot_fat.checkpoint import atomic_write, read_checkpoint
 from apot_fat.optional import needed_for
 from apot_fat.quant.layers import quant_layers
-from apot_fat.training.build import create_network
-from apot_fat.training.folder import BEST, LAST, RunSummary, run_config
+from apot_fat.training.folder import BEST, LAST, RunSummary
+from apot_fat.training.network import open_network
 
 METHOD_COLORS = {"fp32": "#4d4d4d", "apot": "#0072b2", "fat": "#d55e00", "uniform": "#009e73"}  # Okabe–Ito
 _BIT_STYLES = {32: "-", 5: (0, (1, 1)), 4: "-", 3: "--", 2: ":"}
@@ -116,9 +116,7 @@ def _draw_weights(axes: Any, runs: Sequence[RunSummary]) -> None:
         axes.set_axis_off()
         return
     run = max(apot, key=lambda run: run.bits)
-    content = read_checkpoint(run.folder / BEST)
-    config = run_config(content, run.folder / BEST)
-    model = load_weights(create_network(config, num_outputs(content)), content)
+    model = open_network(run.folder / BEST).model
     name, layer = list(quant_layers(model))[len(list(quant_layers(model))) // 2]
     assert layer.weight_alpha is not None
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,30 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apot_fat.checkpoint import (
-    PACKED_SUFFIX,
-    best_accuracy,
-    checkpoint_thresholds,
-    load_packed,
-    load_weights,
-    num_outputs,
-    read_checkpoint,
-)
+from apot_fat.checkpoint import PACKED_SUFFIX, best_accuracy, num_outputs
 from apot_fat.models import find_architecture
-from apot_fat.quant.spec import FLOAT_BITS
-from apot_fat.training.build import (
-    create_network,
-    created_config,
-    load_config_dataset,
-    make_batches,
-    sample_images,
-)
+from apot_fat.training.build import load_config_dataset, make_batches, sample_images
 from apot_fat.training.config import TrainConfig
-from apot_fat.training.folder import BEST, LAST, best_index, read_run, recorded_shape, run_config
+from apot_fat.training.folder import BEST, LAST, best_index, read_run, recorded_shape
 from apot_fat.training.loop import Result, evaluate
+from apot_fat.training.network import open_network
 
 IMAGE_SIZES = {"cifar10": 32, "imagenet": 224}  # pixels, of the data sets of the papers
-_RUN_FOLDER = re.compile(r"(?P<arch>.+)_(?P<bits>\d+)bit")
 _CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
 
@@ -108,7 +92,7 @@ def load_subjects(path: Path, group: int = 0, **given: Any) -> list[Subject]:
         return sorted(runs, key=lambda run: (run.config.arch.count("_"), run.config.arch, -run.config.bit))
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; name a run folder, a checkpoint or a packed file")
-    return [_packed(path, group) if path.suffix == PACKED_SUFFIX else _checkpoint(path, group, given)]
+    return [_file(path, group, given)]
 
 
 def load_images(subject: Subject, data: str | None, image_size: int | None) -> Images | str:
@@ -175,46 +159,28 @@ def usual_shape(
 
 def _run(folder: Path, group: int) -> Subject:
     config, content = read_run(folder)
-    model = _model(config, read_checkpoint(folder / BEST) if (folder / BEST).is_file() else content)
-    made = content.get("environment", {})
+    opened = open_network(folder / BEST if (folder / BEST).is_file() else folder / LAST)
     shape = recorded_shape(content, f"checkpoint {folder / LAST}")
-    return Subject(folder, "run", config, model, tuple(content["history"]), None, True, made, shape, group)
+    made = content.get("environment", {})
+    return Subject(folder, "run", config, opened.model, tuple(content["history"]), None, True, made, shape, group)
 
 
-def _checkpoint(path: Path, group: int, given: dict[str, Any]) -> Subject:
-    content = read_checkpoint(path)
-    given = {name: value for name, value in given.items() if value is not None}
-    recorded = content.get("config")
-    if isinstance(recorded, dict):
-        config = run_config(content, path)
-        for name, value in given.items():
-            if getattr(config, name) != value:
-                raise ValueError(f"checkpoint {path}: was run with {name} = {getattr(config, name)!r}, not {value!r}")
-        history, made = tuple(content["history"]), content.get("environment", {})
-        shape = recorded_shape(content, f"checkpoint {path}")
-        return Subject(path, "checkpoint", config, _model(config, content), history, None, True, made, shape, group)
-    named = _RUN_FOLDER.fullmatch(path.resolve().parent.name)
-    known = {"arch": named["arch"], "bit": int(named["bits"])} if named else {}
-    if not checkpoint_thresholds(content, f"checkpoint {path}"):
-        known["bit"] = FLOAT_BITS
-    missing = [f"--{name}" for name in ("arch", "bit") if name not in known | given]
-    if missing:
-        raise ValueError(
-            f"checkpoint {path}: records no network and lies in no <arch>_<bit>bit folder; give {' and '.join(missing)}"
-        )
-    config = TrainConfig.from_dict(known | given, f"checkpoint {path}")
-    best = best_accuracy(content)
-    return Subject(path, "checkpoint", config, _model(config, content), (), best, False, group=group)
-
-
-def _packed(path: Path, group: int) -> Subject:
-    model = load_packed(path)
-    return Subject(path, "packed", created_config(model), model, (), None, False, group=group)
-
-
-def _model(config: TrainConfig, content: dict[str, Any]) -> nn.Module:
-    outputs = num_outputs(content)
-    return load_weights(create_network(config, outputs), content).eval()
+def _file(path: Path, group: int, given: dict[str, Any]) -> Subject:
+    opened = open_network(path, given)
+    kind = "packed" if path.suffix == PACKED_SUFFIX else "checkpoint"
+    content, recorded = opened.content, opened.is_recorded
+    return Subject(
+        path,
+        kind,
+        opened.config,
+        opened.model,
+        tuple(content.get("history", ())),
+        None if recorded else best_accuracy(content),
+        recorded,
+        content.get("environment", {}),
+        recorded_shape(content, opened.where),
+        group,
+    )
 
 
 def _at_hand(config: TrainConfig) -> bool:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from apot_fat.text import aligned
 from apot_fat.training.folder import LAST, RunSummary, summarize
 
+log = logging.getLogger("apot_fat")
+
 
 def find_runs(output: Path) -> list[RunSummary]:
-    """Summaries of all run folders in an output folder: by architecture as spelled, then from many bits to few."""
-    summaries = [summarize(path.parent) for path in sorted(output.glob(f"*/{LAST}"))]
+    """Summaries of all run folders in an output folder: by architecture as spelled, then from many bits to few.
+
+    What cannot be read, or has finished no epoch, is left out with a warning.
+    """
+    summaries = []
+    for path in sorted(output.glob(f"*/{LAST}")):
+        try:
+            summaries.append(summarize(path.parent))
+        except ValueError as error:
+            log.warning("not in the table: %s", error)
     return sorted(summaries, key=lambda run: (run.arch.count("_"), run.arch, -run.bits))
 
 

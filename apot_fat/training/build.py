@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apot_fat.data import (
     NAMED,
@@ -24,7 +24,6 @@ from apot_fat.data import (
     Sharding,
     load_dataset,
 )
-from apot_fat.models import create_model
 from apot_fat.quant.measure import MOST_IMAGES
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.distributed import in_turns, launched
@@ -117,18 +116,6 @@ def unlabelled_images(
 def default_workers() -> int:
     """Decoding processes of a training process: its share of the cores that this machine lets it use, at least 1."""
     return max(1, len(os.sched_getaffinity(0)) // launched().local_world)
-
-
-def create_network(config: TrainConfig, num_classes: int) -> nn.Module:
-    """The network a config names."""
-    options = {"weight_per_channel": True} if config.weight_per_channel else {}
-    return create_model(config.arch, config.preset, config.bit, num_classes, **options)
-
-
-def created_config(model: nn.Module, **given: Any) -> TrainConfig:
-    """The config of a network that ``create_model`` built, such as a packed file's; ``given`` names what it leaves."""
-    made: Any = model.created_as
-    return TrainConfig.from_dict({**given, "arch": made["name"], "preset": made["preset"], "bit": made["bits"]})
 
 
 def make_objective(config: TrainConfig, num_classes: int, device: torch.device) -> Objective:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import cache
 from typing import Any, Union
@@ -224,6 +225,41 @@ class TrainConfig:
             if key not in known:
                 raise ValueError(f"{where}: unknown key {key!r}{nearest(key, known)}")
         return cls(**values)
+
+
+def recorded_config(content: Mapping[str, Any], where: str) -> TrainConfig | None:
+    """The config inside a checkpoint of ours, of any version; None where it holds none.
+
+    What this version does not know is left out, and what it does not allow any more, but for network and images, takes
+    its default: a network can be read long after its recipe.
+
+    Raises:
+        ValueError: no network or images that this version knows.
+    """
+    values = content.get("config")
+    if values is None:
+        return None
+    if not isinstance(values, Mapping) or "arch" not in values:
+        raise ValueError(f"{where}: its config names no network; the file is damaged, take another")
+    known = {}
+    try:
+        for option in fields(TrainConfig):
+            if option.name in values and (option.name in _NEEDED or _is_allowed(option, values[option.name])):
+                known[option.name] = values[option.name]
+        return TrainConfig(**known)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _is_allowed(option: Field[Any], value: Any) -> bool:
+    try:
+        _checked(option, value)
+    except ValueError:
+        return False
+    return True
+
+
+_NEEDED = {"arch", "preset", "bit", "weight_per_channel", "data", "test_data", "image_size", "mean", "std", "amp"}
 
 
 def field_type(option: Field[Any]) -> tuple[type, bool, bool]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from apot_fat.checkpoint import atomic_write, read_newest, remove_leftovers, write_checkpoint
 from apot_fat.text import one_line
 from apot_fat.training.board import Board
-from apot_fat.training.config import TrainConfig
+from apot_fat.training.config import TrainConfig, recorded_config
 from apot_fat.training.distributed import Processes, gather_objects, largest_over_processes, wait_for_all
 from apot_fat.training.interruption import InterruptedRunError, SignalWatch
 from apot_fat.training.loop import Position
@@ -24,9 +24,6 @@ from apot_fat.training.readback import CHECK_EVERY, LateRead
 from apot_fat.training.state import TrainState, rng_state
 
 LAST, BEST, METRICS, CONFIG = "checkpoint.pth.tar", "model_best.pth.tar", "metrics.jsonl", "config.toml"
-_FREE_TO_CHANGE = {"output", "device", "gpu", "print_freq", "histogram_every", "test_batch_size", "data_root"}
-_FREE_TO_CHANGE |= {"epochs", "workers", "dist_timeout", "on_damaged", "compile", "skip_nonfinite", "checkpoint_every"}
-
 log = logging.getLogger("apot_fat")
 
 
@@ -110,9 +107,10 @@ def run_config(content: dict[str, Any], path: Path) -> TrainConfig:
     Raises:
         ValueError: it holds none.
     """
-    if not isinstance(content.get("config"), dict) or not isinstance(content.get("history"), list):
+    config = recorded_config(content, f"checkpoint {path}")
+    if config is None or not isinstance(content.get("history"), list):
         raise ValueError(f"checkpoint {path}: not written by a training run of apot-fat")
-    return TrainConfig.from_dict(content["config"], f"checkpoint {path}")
+    return config
 
 
 def recorded_shape(content: dict[str, Any], where: str) -> tuple[int, int, int] | None:
@@ -127,53 +125,6 @@ def recorded_shape(content: dict[str, Any], where: str) -> tuple[int, int, int] 
     if not isinstance(shape, tuple) or len(shape) != 3 or not all(type(n) is int and 0 < n < 1 << 16 for n in shape):
         raise ValueError(f"{where}: image_shape {shape!r:.60}: not three sizes; the file is damaged, take another")
     return shape
-
-
-def is_finished(config: TrainConfig) -> bool:
-    """Whether the config's run folder holds all of its epochs.
-
-    Raises:
-        ValueError: a damaged checkpoint, or one of another config.
-    """
-    state = resumed_content(Path(config.output) / config.run_name, config, "auto")
-    return state is not None and len(state["history"]) >= config.epochs
-
-
-def resumed_content(folder: Path, config: TrainConfig, resume: str | None) -> dict[str, Any] | None:
-    """The checkpoint that a run goes on from; None where it starts.
-
-    Args:
-        folder: the run folder.
-        config: the run.
-        resume: as in ``train``.
-
-    Raises:
-        ValueError: a run in the folder already and no ``resume``, a damaged checkpoint, or one of another config.
-    """
-    last = folder / LAST
-    if resume is None:
-        if last.exists():
-            raise ValueError(f"{folder} holds a run already: go on with --resume auto, or name another --output")
-        return None
-    path = last if resume == "auto" else Path(resume)
-    if resume == "auto" and not path.exists():
-        return None
-    content = read_newest(path, log.warning)
-    before = run_config(content, path).to_dict()
-    now = config.to_dict()
-    for name in sorted({*before, *now} - _FREE_TO_CHANGE):
-        if before.get(name) != now.get(name):
-            raise ValueError(
-                f"checkpoint {path}: was run with {name} = {before.get(name)!r}, not {now.get(name)!r}; "
-                "give that value, or name another --output"
-            )
-    if before.get("epochs") != now.get("epochs") and (config.schedule != "step" or config.freeze_weights_from < 1):
-        what = f"{config.schedule} schedule" if config.schedule != "step" else "freeze_weights_from"
-        raise ValueError(
-            f"checkpoint {path}: was run with epochs = {before['epochs']}, which its {what} depends on, "
-            f"not {config.epochs}"
-        )
-    return content
 
 
 def best_index(history: list[dict[str, Any]]) -> int:
@@ -192,8 +143,8 @@ class Records:
         config: the run.
         processes: its processes.
         history: its rows so far, one an epoch.
-        shape: (C, H, W) of its images.
-        sample: a few of them, what layers are measured with.
+        about: what its checkpoints say of the images and files it reads: ``image_shape``, (C, H, W), and ``sources``.
+        sample: a few of the images, what layers are measured with.
         drawn_again: the tested network at the end of the last of these epochs: a run that was ended between saving and
             drawing it draws it again; None where the network is beyond that.
     """
@@ -204,12 +155,12 @@ class Records:
         config: TrainConfig,
         processes: Processes,
         history: list[dict[str, Any]],
-        shape: tuple[int, int, int],
+        about: dict[str, Any],
         sample: Tensor,
         drawn_again: nn.Module | None = None,
     ) -> None:
         self.folder, self.config, self.processes = folder, config, processes
-        self.done, self.shape, self.sample = list(history), shape, sample
+        self.done, self.about, self.sample = list(history), about, sample
         self.drawn_again = drawn_again if history else None
         self.board: Board | None = None
 
@@ -279,7 +230,7 @@ class Records:
             **state.content(),
             "rng": rng,
             "config": self.config.to_dict(),
-            "image_shape": self.shape,
+            **self.about,
             "history": history,
         }
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from apot_fat.training.build import load_config_dataset
 from apot_fat.training.device import choose_device
-from apot_fat.training.distributed import launched, process_group
-from apot_fat.training.folder import BEST, RunSummary, is_finished, summarize
+from apot_fat.training.distributed import gather_objects, launched, process_group
+from apot_fat.training.folder import BEST, RunSummary, summarize
 from apot_fat.training.recipe import Recipe
+from apot_fat.training.resume import is_finished
 from apot_fat.training.run import train
 
 log = logging.getLogger("apot_fat")
@@ -39,11 +40,11 @@ def train_chain(recipe: Recipe, chain: tuple[int, ...], overrides: dict[str, Any
         config = recipe.config(bits, values)
         configs.append(config)
         init = str(Path(config.output) / config.run_name / BEST)
-    done = [is_finished(config) for config in configs]
     processes = launched()
     device = choose_device(configs[0].device, configs[0].gpu, processes.local_rank)
     summaries = []
     with process_group(processes, device, configs[0].dist_timeout):
+        done = gather_objects([is_finished(config) for config in configs])[0]  # what the first process finds
         dataset = None if all(done) else load_config_dataset(configs[0])
         for config, finished in zip(configs, done, strict=True):
             folder = Path(config.output) / config.run_name

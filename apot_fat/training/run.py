@@ -17,7 +17,6 @@ from apot_fat.quant.diagnosis import odd_layers
 from apot_fat.quant.layers import clipping_table, keep_thresholds_positive
 from apot_fat.training.averaging import WeightAverage
 from apot_fat.training.build import (
-    create_network,
     image_shape,
     load_config_dataset,
     make_batches,
@@ -37,11 +36,13 @@ from apot_fat.training.distributed import (
     wrap,
 )
 from apot_fat.training.finite import FiniteGuard
-from apot_fat.training.folder import Records, RunSummary, StepSaver, resumed_content, summary_of
+from apot_fat.training.folder import Records, RunSummary, StepSaver, summary_of
 from apot_fat.training.interruption import SignalWatch
 from apot_fat.training.loop import Position, Result, autocast, evaluate, train_epoch
+from apot_fat.training.network import create_network
 from apot_fat.training.objective import Objective
 from apot_fat.training.optim import freeze_late, make_optimizer, make_schedule
+from apot_fat.training.resume import checked_sources, resumed_content
 from apot_fat.training.start import load_initial_weights, reconstruct_start, set_initial_thresholds
 from apot_fat.training.state import TrainState
 
@@ -73,9 +74,13 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
     sharding = Sharding(processes.rank, processes.world, config.accumulate)
     sharding.check(config.batch_size)
     folder = Path(config.output) / config.run_name
-    before = resumed_content(folder, config, resume)
+    before = resumed_content(config, resume)
     with process_group(processes, device, config.dist_timeout):
         dataset = dataset or load_config_dataset(config)
+        about = {
+            "image_shape": image_shape(config, dataset.test),
+            "sources": checked_sources(before, config, dataset),
+        }
         seed_everything(config.seed)
         sets = _make_sets(config, dataset, device, sharding)
         state = _make_state(config, len(dataset.classes), len(sets.train), device, processes, is_new=before is None)
@@ -84,9 +89,8 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
         objective = make_objective(config, len(dataset.classes), device)
         history, position = ([], None) if before is None else state.restore(before, processes)
         again = state.tested if position is None else None
-        shape = image_shape(config, dataset.test)
         with (
-            Records(folder, config, processes, history, shape, sets.sample, again) as records,
+            Records(folder, config, processes, history, about, sets.sample, again) as records,
             SignalWatch(log.warning) as watch,
         ):
             log.info(

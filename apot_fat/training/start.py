@@ -15,9 +15,10 @@ from apot_fat.quant.convert import Reconstruction, reconstruct
 from apot_fat.quant.layers import quant_layers, set_bits
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.quant.thresholds import initialize_thresholds
-from apot_fat.training.build import create_network, unlabelled_images
-from apot_fat.training.config import TrainConfig
+from apot_fat.training.build import unlabelled_images
+from apot_fat.training.config import TrainConfig, recorded_config
 from apot_fat.training.loop import autocast
+from apot_fat.training.network import create_network
 
 log = logging.getLogger("apot_fat")
 
@@ -63,17 +64,15 @@ def _network_of_init(config: TrainConfig, num_classes: int) -> nn.Module:
         content: Any = {"state_dict": torchvision_weights(config.arch)}
     else:
         content = read_newest(str(config.init), log.warning)
-    recorded = content.get("config")
-    bits, made = FLOAT_BITS, config
-    if isinstance(recorded, dict):
-        theirs = TrainConfig.from_dict(recorded, f"checkpoint {config.init}")
-        if theirs.normalization() != config.normalization():
-            raise ValueError(
-                f"reconstruct {config.reconstruct}: the images of {config.init} are normalised by other means and "
-                f"standard deviations {theirs.normalization()}: give them as mean and std"
-            )
-        bits = theirs.bit
-        made = replace(config, preset=theirs.preset, weight_per_channel=theirs.weight_per_channel)
-    if bits != FLOAT_BITS:
-        return load_weights(create_network(replace(made, bit=bits), num_classes), content)
+    theirs = recorded_config(content, f"checkpoint {config.init}")
+    if theirs is None:
+        return load_weights(set_bits(create_network(config, num_classes), FLOAT_BITS), content)
+    if theirs.normalization() != config.normalization():
+        raise ValueError(
+            f"reconstruct {config.reconstruct}: the images of {config.init} are normalised by other means and "
+            f"standard deviations {theirs.normalization()}: give them as mean and std"
+        )
+    made = replace(config, preset=theirs.preset, weight_per_channel=theirs.weight_per_channel)
+    if theirs.bit != FLOAT_BITS:
+        return load_weights(create_network(replace(made, bit=theirs.bit), num_classes), content)
     return load_weights(set_bits(create_network(made, num_classes), FLOAT_BITS), content)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -16,12 +17,14 @@ from apot_fat.quant.spec import PRESETS, check_bits, nearest
 from apot_fat.training.build import load_config_dataset
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device
-from apot_fat.training.distributed import launched, process_group
+from apot_fat.training.distributed import gather_objects, launched, process_group
 from apot_fat.training.finite import NonFiniteError
-from apot_fat.training.folder import BEST, RunSummary, is_finished, summarize
+from apot_fat.training.folder import BEST, RunSummary, summarize
 from apot_fat.training.recipe import PUBLISHED, find_recipe, read_toml
 from apot_fat.training.results import ResultRow
+from apot_fat.training.resume import is_finished
 from apot_fat.training.run import train
+from apot_fat.training.teacher import teacher_path
 
 log = logging.getLogger("apot_fat")
 
@@ -138,6 +141,8 @@ def read_sweep(path: str | os.PathLike[str]) -> Sweep:
     read = {}
     for name, table in recipes.items():
         where = f"sweep {path}: [recipes.{name}]"
+        if not re.fullmatch(r"\w[\w.+-]*", name, re.ASCII):
+            raise ValueError(f"sweep {path}: recipe {name!r} names a folder: choose letters, digits and any of . _ + -")
         if not isinstance(table, dict):
             raise ValueError(f"{where}: expected a table of values")
         values = dict(table)
@@ -166,16 +171,30 @@ def read_sweep(path: str | os.PathLike[str]) -> Sweep:
     return Sweep(path, tuple(seeds), chain, baseline, base, by_bits, by_method, read)
 
 
+class SweepResults(NamedTuple):
+    """What stands in a sweep's folder.
+
+    Args:
+        rows: of all finished cells, in the sweep's order.
+        failed: why a cell that was to run has not finished.
+    """
+
+    rows: list[ResultRow]
+    failed: dict[Cell, str]
+
+
 def run_sweep(
     sweep: Sweep,
     overrides: dict[str, Any],
     *,
     wanted: Callable[[Cell], bool] = lambda cell: True,
     after_cell: Callable[[Cell, RunSummary, list[ResultRow]], None],
-) -> list[ResultRow]:
+) -> SweepResults:
     """Run the cells of a sweep that are not finished yet, an unfinished one from where it stopped.
 
-    Under torchrun all processes train each run together. Several sweeps may work on different cells of one folder.
+    A cell whose gradient becomes infinite or NaN fails, and so do those that would start from it or learn from it; the
+    others run. Under torchrun all processes train each run together. Several sweeps may work on different cells of one
+    folder.
 
     Args:
         sweep: the sweep.
@@ -183,37 +202,44 @@ def run_sweep(
         wanted: which cells to run.
         after_cell: called after each run, with the rows of all finished cells.
 
-    Returns:
-        The rows of all finished cells, wanted or not, in the sweep's order.
-
     Raises:
         ValueError: anything that does not fit; every cell's config is checked before the first begins.
-        NonFiniteError: cells whose gradient became infinite or NaN; the others are run all the same.
         InterruptedRunError: SIGINT or SIGTERM came; the run under way was saved.
     """
     configs = {cell: sweep.config(cell, overrides) for cell in sweep.cells()}
-    rows = _Rows(configs)
-    due = [cell for cell in configs if wanted(cell) and cell not in rows.update()]
-    if not due:
-        return rows.sorted()
+    first = next(iter(configs.values()))
     processes = launched()
-    first = configs[due[0]]
     device = choose_device(first.device, first.gpu, processes.local_rank)
-    datasets = _Datasets()
-    failed: list[str] = []
+    rows, datasets = _Rows(configs), _Datasets()
+    failed: dict[Cell, str] = {}
     with process_group(processes, device, first.dist_timeout):
+        finished = rows.finished()
+        due = [cell for cell in configs if wanted(cell) and cell not in finished]
+        for cell in due:
+            if missing := [parent for parent in _parents(cell, configs) if parent not in (*finished, *due)]:
+                raise ValueError(f"{cell}: starts from {missing[0]}, which is not finished; run that too")
         for cell in _bar(due, show=processes.is_first):
             config = configs[cell]
+            if missing := [parent for parent in _parents(cell, configs) if parent in failed]:
+                failed[cell] = f"skipped, as it builds on {missing[0]}"
+                log.error("%s: %s", cell, failed[cell])
+                continue
             try:
                 summary = train(config, resume="auto", dataset=datasets.get(config))
             except NonFiniteError as error:
                 log.error("%s: %s", cell, error)
-                failed.append(str(cell))
+                failed[cell] = "did not stay finite"
                 continue
             after_cell(cell, summary, rows.sorted())
-    if failed:
-        raise NonFiniteError(f"{len(failed)} of {len(due)} runs did not stay finite: {'; '.join(failed)}")
-    return rows.sorted()
+    return SweepResults(rows.sorted(), failed)
+
+
+def _parents(cell: Cell, configs: dict[Cell, TrainConfig]) -> list[Cell]:
+    # the cells whose best checkpoint it starts from or learns from
+    config = configs[cell]
+    taught = teacher_path(config, BEST) if config.teacher else None
+    places = {Path(path).parent for path in (config.init, taught) if path is not None}
+    return [other for other, theirs in configs.items() if Path(theirs.output) / theirs.run_name in places]
 
 
 class _Rows:
@@ -223,15 +249,19 @@ class _Rows:
         self.configs = configs
         self.found: dict[Cell, ResultRow] = {}
 
-    def update(self) -> dict[Cell, ResultRow]:
+    def finished(self) -> set[Cell]:
+        """What the first process finds finished: another sweep may finish a cell while they look."""
+        return gather_objects(set(self._update()))[0]
+
+    def sorted(self) -> list[ResultRow]:
+        found = self._update()
+        return [found[cell] for cell in self.configs if cell in found]
+
+    def _update(self) -> dict[Cell, ResultRow]:
         for cell, config in self.configs.items():
             if cell not in self.found and is_finished(config):
                 self.found[cell] = _row(cell, summarize(Path(config.output) / config.run_name))
         return self.found
-
-    def sorted(self) -> list[ResultRow]:
-        found = self.update()
-        return [found[cell] for cell in self.configs if cell in found]
 
 
 class _Datasets:

@@ -9,9 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from apot_fat.checkpoint import TORCHVISION, load_weights, num_outputs, read_newest, torchvision_weights
-from apot_fat.models import create_model
+from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.training.config import FP32_TEACHER, TrainConfig
+from apot_fat.training.network import open_network
 
 log = logging.getLogger("apot_fat")
 
@@ -43,21 +43,13 @@ def load_teacher(config: TrainConfig, source: str, num_classes: int, device: tor
     Raises:
         ValueError: no such checkpoint, one that does not fit, or one with another number of classes.
     """
-    taught = config
-    bits = 32
-    if source == TORCHVISION:
-        content = {"state_dict": torchvision_weights(config.arch)}
-    else:
-        content = read_newest(source, log.warning)
-        if isinstance(content.get("config"), dict):
-            taught = TrainConfig.from_dict(content["config"], f"teacher {source}")
-            bits = taught.bit
-    if (outputs := num_outputs(content, f"teacher {source}")) != num_classes:
-        raise ValueError(f"teacher {source}: has {outputs} outputs, the data {num_classes} classes")
-    options = {"weight_per_channel": True} if taught.weight_per_channel else {}
-    model = load_weights(create_model(taught.arch, taught.preset, bits, num_classes, **options), content)
-    if taught.normalization() != config.normalization():
-        model = _Renormalized(model, config.normalization(), taught.normalization())
+    opened = open_network(source, arch=config.arch, bit=FLOAT_BITS)
+    if opened.num_classes != num_classes:
+        raise ValueError(f"teacher {source}: has {opened.num_classes} outputs, the data {num_classes} classes")
+    model = opened.model
+    theirs = opened.config.normalization() if opened.is_recorded else config.normalization()
+    if theirs != config.normalization():
+        model = _Renormalized(model, config.normalization(), theirs)
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)

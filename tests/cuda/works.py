@@ -44,10 +44,11 @@ from apot_fat.report.bits import network_bits
 from apot_fat.training import Result, TrainConfig, evaluate, train, train_epoch
 from apot_fat.training.averaging import WeightAverage
 from apot_fat.training.board import Board
-from apot_fat.training.build import create_network, make_batches, unlabelled_images
+from apot_fat.training.build import make_batches, unlabelled_images
 from apot_fat.training.finite import FiniteGuard, NonFiniteError
 from apot_fat.training.folder import BEST, METRICS
 from apot_fat.training.loop import autocast
+from apot_fat.training.network import create_network
 from apot_fat.training.objective import Objective
 from apot_fat.training.optim import freeze_late, make_optimizer, make_schedule
 from apot_fat.training.start import load_initial_weights, reconstruct_start, set_initial_thresholds

@@ -115,8 +115,8 @@ def test_a_network_with_a_threshold_a_channel(name: str, tmp_path: Path) -> None
 def test_loading_one_threshold_into_many_and_not_back() -> None:
     one = create_model("resnet20", "apot-cifar", 4, num_classes=3, weight_alpha=1.7)
     many = create_model("resnet20", "apot-cifar", 4, num_classes=3, weight_per_channel=True)
-    for options in ({}, {"other_bits": True}):
-        load_weights(many, one.state_dict(), **options)
+    for other_bits in (False, True):
+        load_weights(many, one.state_dict(), other_bits=other_bits)
     x = torch.rand(2, 3, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(many.eval()(x), one.eval()(x), atol=0, rtol=0)

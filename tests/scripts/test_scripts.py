@@ -132,6 +132,8 @@ def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
     text.write_text("hello\n")
     full = tmp_path / "full.pth"
     write_checkpoint({"state_dict": create_model("res20", bits=32).state_dict()}, full)
+    quantized = tmp_path / "quantized.pth"
+    write_checkpoint({"state_dict": create_model("res20", bits=3).state_dict()}, quantized)
     many = tmp_path / "many.npz"
     np.savez(many, images=np.zeros((2, 3, 8, 8), np.uint8), labels=np.array([0, 99]))
     unknown = tmp_path / "unknown.toml"
@@ -155,8 +157,12 @@ def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
         ("evaluate.py", (), "name one with --init"),
         ("evaluate.py", ("--test_only", "--arch", "res20", "--bit", 4), "is not there"),
         ("evaluate.py", ("--init", text, "--bit", 4), "not a PyTorch checkpoint"),
-        ("evaluate.py", ("--init", full), "does not record its bit-width; give --bit"),
-        ("evaluate.py", ("--init", full, "--bit", 4, *data), "check the bits"),
+        ("evaluate.py", ("--init", quantized), "records no network and lies in no <arch>_<bits>bit folder; give --bit"),
+        (
+            "evaluate.py",
+            ("--init", full, "--bit", 4, *data),
+            "of full precision, not of 4 bits",
+        ),
         ("evaluate.py", ("--init", full, "--bit", 32, "--data", many), "has 10 outputs"),
         ("progressive.py", ("--bits", "4,x"), "bits '4,x': expected bit-widths"),
         ("progressive.py", ("--bits", "4,9"), "bits 9: choose an integer"),
@@ -221,7 +227,9 @@ def test_report_of_a_run_and_a_checkpoint(run: Run, data: tuple[object, ...], tm
     paths = "result/resnet_20_3bit", weights
     code, out, err = run("report.py", *paths, "--output", "pages/report.html", "--image-size", 8)
     assert (code, err) == (0, "")
-    assert out.startswith("pages/report.html: 2 networks, ")
+    said = out.splitlines()
+    assert said[0].endswith("model_best.pth.tar records no network: taken for res20, apot-cifar, at 32 bits")
+    assert said[1].startswith("pages/report.html: 2 networks, ")
     html = Path("pages/report.html").read_text()
     assert "12.50 %" in html
     assert "fp32: No curves" in html

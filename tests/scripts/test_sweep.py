@@ -72,6 +72,27 @@ def test_a_sweep_runs_what_is_not_finished_and_its_tables_come_from_its_csv(run:
     assert stored in out
 
 
+def test_what_builds_on_a_diverged_run_is_skipped_and_named(run: Run, data: tuple[object, ...]) -> None:
+    Path("sweep.toml").write_text(
+        SWEEP.replace("lr = 0.03", "lr = 0.03\n[recipes.wild]\n[recipes.wild.bits.32]\nlr = 1e30")
+    )
+    line = ("sweep.py", "--config", "sweep.toml", *data, "--seeds", 0, "--methods", "apot-cifar", "--epochs", 2)
+    line = (*line, "--checkpoint-every", 1, "--baseline", "ours")
+    for _ in range(2):  # a second time too, when the half-trained checkpoint is there
+        code, out, err = run(*line, "--recipes", "wild,ours")
+        assert code == 3
+        assert err.count("\n") == 1
+        assert "wild apot-cifar 32 bits seed 0 did not stay finite" in err
+        assert "wild apot-cifar 4 bits seed 0 skipped, as it builds on wild apot-cifar 32 bits seed 0" in err
+        assert [row["recipe"] for row in results()] == ["ours"] * 2
+        assert "| ours |" in out
+    assert Path("out/wild/apot-cifar/seed0/resnet20_32bit").is_dir()
+    assert not Path("out/wild/apot-cifar/seed0/resnet20_4bit").exists()
+    code, _, err = run(*line, "--recipes", "wild", "--bits", 4)
+    assert code == 2
+    assert "starts from wild apot-cifar 32 bits seed 0, which is not finished; run that too" in err
+
+
 @pytest.mark.parametrize("path", sorted((CONFIG_ROOT / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_cell_of_the_stored_sweeps_is_a_run(path: Path) -> None:
     sweep = read_sweep(path)
@@ -103,6 +124,12 @@ def test_the_full_sweep_takes_the_recipe_files_and_runs_at_a_tiny_size(run: Run,
     ("text", "message"),
     [
         ("[recipes]\n", "no recipe"),
+        (
+            SWEEP.replace("[recipes.published]", '[recipes."../../out"]'),
+            "recipe '../../out' names a folder: choose letters",
+        ),
+        (SWEEP.replace("[recipes.published]", '[recipes."/tmp/out"]'), "recipe '/tmp/out' names a folder"),
+        (SWEEP.replace("[recipes.published]", '[recipes."=1+1"]'), "recipe '=1+1' names a folder"),
         ("[sweeps]\n", "unknown key 'sweeps' (did you mean 'sweep'?)"),
         (SWEEP.replace("seeds", "seed"), "unknown key 'seed' (did you mean 'seeds'?)"),
         (SWEEP.replace("[0, 1]", "[0.5]"), "expected a list of integers from 0 up"),

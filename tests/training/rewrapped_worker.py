@@ -1,4 +1,4 @@
-"""Trains four steps at once and two by two, wrapped anew between them as by a resumed run; the bits must be the same."""
+"""Trains four steps at once and two by two, wrapped anew between them as by a resumed run; to the same bits."""
 
 from __future__ import annotations
 

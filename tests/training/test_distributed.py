@@ -21,9 +21,10 @@ from apot_fat.checkpoint import load_weights, read_checkpoint, write_checkpoint
 from apot_fat.data import ImageBatches, ImageSet, Sharding
 from apot_fat.models import create_model
 from apot_fat.training import evaluate, train_epoch
-from apot_fat.training.build import create_network, load_config_dataset, make_batches
+from apot_fat.training.build import load_config_dataset, make_batches
 from apot_fat.training.distributed import Processes, process_group
 from apot_fat.training.folder import run_config
+from apot_fat.training.network import create_network
 from apot_fat.training.readback import CHECK_EVERY
 
 ROOT = Path(__file__).resolve().parents[2]

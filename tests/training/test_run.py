@@ -13,9 +13,9 @@ from apot_fat.checkpoint import load_weights, read_checkpoint, write_checkpoint
 from apot_fat.models import create_model
 from apot_fat.quant import QuantConv2d
 from apot_fat.training import TrainConfig, read_recipe, summarize, train, train_chain
-from apot_fat.training.build import create_network
 from apot_fat.training.device import choose_device
 from apot_fat.training.folder import BEST, CONFIG, LAST, METRICS, recorded_shape
+from apot_fat.training.network import create_network
 
 
 def tiny(tiny_npz: tuple[Path, Path], output: Path, **values: Any) -> TrainConfig:

@@ -1,0 +1,134 @@
+"""The network that a config names or a file holds: the one place that opens checkpoints and packed files."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from apot_fat.checkpoint import (
+    PACKED_SUFFIX,
+    TORCHVISION,
+    checkpoint_thresholds,
+    load_packed,
+    load_weights,
+    num_outputs,
+    read_newest,
+    torchvision_weights,
+)
+from apot_fat.models import create_model, find_architecture
+from apot_fat.quant.spec import FLOAT_BITS
+from apot_fat.training.config import TrainConfig, recorded_config
+
+_RUN_FOLDER = re.compile(r"(?P<arch>.+)_(?P<bits>\d+)bit")
+_OF_THE_MACHINE = {"device": "auto", "gpu": None, "workers": None}
+
+log = logging.getLogger("apot_fat")
+
+
+def create_network(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The network a config names."""
+    options = {"weight_per_channel": True} if config.weight_per_channel else {}
+    return create_model(config.arch, config.preset, config.bit, num_classes, **options)
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """A network with the weights of a file, on the CPU and in evaluation mode, and what the file says of it.
+
+    Args:
+        where: the file, as errors call it.
+        config: that of its run; of a file that records none what is known, the rest being defaults.
+        model: the network.
+        num_classes: its outputs.
+        content: what else a checkpoint holds; empty for a packed file.
+        is_recorded: whether the file records the config.
+    """
+
+    where: str
+    config: TrainConfig
+    model: nn.Module
+    num_classes: int
+    content: dict[str, Any]
+    is_recorded: bool
+
+
+def open_network(source: str | Path, given: dict[str, Any] | None = None, **assumed: Any) -> NetworkFile:
+    """Open a checkpoint, ours or published, a packed file, or torchvision's weights.
+
+    Args:
+        source: its path, or ``torchvision``.
+        given: config values of the command line. ``arch``, ``bit`` and ``preset`` must be those that the file records;
+            the others come over its own.
+        assumed: config values of a checkpoint that records none, where neither ``given`` nor the name of its folder,
+            ``<arch>_<bits>bit``, says them.
+
+    Raises:
+        ValueError: no such file or a damaged one; a network that is not known, or another than the given one.
+    """
+    given = {name: value for name, value in (given or {}).items() if value is not None}
+    if "data" in given:
+        given.setdefault("test_data", None)  # the recorded one belongs to other data
+    if Path(source).suffix == PACKED_SUFFIX:
+        return _open_packed(Path(source), given)
+    if source == TORCHVISION:
+        where = f"--init {TORCHVISION}"
+        assumed = {**assumed, "bit": FLOAT_BITS} | given
+        if "arch" not in assumed:
+            raise ValueError(f"{where}: name the network with --arch")
+        content: dict[str, Any] = {"state_dict": torchvision_weights(assumed["arch"])}
+    else:
+        where, content = f"checkpoint {source}", read_newest(source, log.warning)
+    recorded = recorded_config(content, where)
+    if recorded is not None:
+        _check_given(where, given, recorded)
+        config = replace(recorded, **(_OF_THE_MACHINE | given))
+    else:
+        config = _assumed_config(where, Path(source), content, given, assumed)
+    classes = num_outputs(content, where)
+    model = load_weights(create_network(config, classes), content, label=where).eval()
+    return NetworkFile(where, config, model, classes, content, recorded is not None)
+
+
+def _open_packed(path: Path, given: dict[str, Any]) -> NetworkFile:
+    model = load_packed(path)
+    made: Any = model.created_as
+    papers = find_architecture(made["name"]).dataset
+    config = TrainConfig(arch=made["name"], preset=made["preset"], bit=made["bits"], data=papers)
+    where = f"packed file {path}"
+    _check_given(where, given, config)
+    return NetworkFile(where, replace(config, **given), model, made["num_classes"], {}, is_recorded=False)
+
+
+def _check_given(where: str, given: dict[str, Any], recorded: TrainConfig) -> None:
+    if find_architecture(given.get("arch", recorded.arch)).name != find_architecture(recorded.arch).name:
+        raise ValueError(f"{where}: holds {recorded.arch}, not {given['arch']}; leave out --arch")
+    if given.get("bit", recorded.bit) != recorded.bit:
+        raise ValueError(f"{where}: holds a network of {recorded.bit} bits, not {given['bit']}; leave out --bit")
+    if given.get("preset", recorded.preset) != recorded.preset:
+        raise ValueError(f"{where}: holds {recorded.preset}, not {given['preset']}; leave out --preset")
+
+
+def _assumed_config(
+    where: str, path: Path, content: dict[str, Any], given: dict[str, Any], assumed: dict[str, Any]
+) -> TrainConfig:
+    named = _RUN_FOLDER.fullmatch(path.resolve().parent.name)
+    known: dict[str, Any] = assumed | ({"arch": named["arch"], "bit": int(named["bits"])} if named else {}) | given
+    if not checkpoint_thresholds(content, where):
+        if given.get("bit", FLOAT_BITS) != FLOAT_BITS:
+            raise ValueError(
+                f"{where}: holds no clipping thresholds, it is of full precision, not of {given['bit']} bits"
+            )
+        known["bit"] = FLOAT_BITS
+    if missing := [f"--{name}" for name in ("arch", "bit") if name not in known]:
+        raise ValueError(
+            f"{where}: records no network and lies in no <arch>_<bits>bit folder; give {' and '.join(missing)}"
+        )
+    known.setdefault("data", find_architecture(known["arch"]).dataset)
+    config = TrainConfig.from_dict(known, where)
+    log.info("%s records no network: taken for %s, %s, at %d bits", where, config.arch, config.preset, config.bit)
+    return config

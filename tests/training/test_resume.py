@@ -1,0 +1,132 @@
+"""A run and what it reads may move; other images, or another teacher, are not the same run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from apot_fat.checkpoint import read_checkpoint, write_checkpoint
+from apot_fat.models import create_model
+from apot_fat.training import TrainConfig, train, train_chain
+from apot_fat.training.folder import LAST
+from apot_fat.training.recipe import read_recipe
+
+
+def chain(folder: Path, data: tuple[Path, Path], epochs: int) -> list[float]:
+    """The last loss of each stage of a chain that learns from its first."""
+    recipe = folder.parent / "recipe.toml"
+    recipe.write_text(
+        'arch = "resnet20"\nbatch_size = 16\ncrop_padding = 1\nlr = 0.01\nchain = [32, 4]\n'
+        "[bits.4]\nteacher = 'fp32'\ndistill_weight = 0.5\n"
+    )
+    given = {"data": str(data[0]), "test_data": str(data[1]), "output": str(folder), "epochs": epochs}
+    read = read_recipe(recipe)
+    summaries = train_chain(read, read.chain, given)
+    return [read_checkpoint(run.folder / LAST)["history"][-1]["test_loss"] for run in summaries]
+
+
+def test_a_moved_chain_with_moved_images_is_finished_or_goes_on(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
+    whole = chain(tmp_path / "whole", tiny_npz, 2)
+    chain(tmp_path / "one", tiny_npz, 2)
+    four = tmp_path / "one/resnet20_4bit" / LAST
+    content = read_checkpoint(four)
+    shutil.move(tmp_path / "one", tmp_path / "two")
+    moved = [Path(shutil.copy(path, tmp_path / f"moved_{path.name}")) for path in tiny_npz]
+    assert chain(tmp_path / "two", (moved[0], moved[1]), 2) == whole  # finished: skipped
+    parts = tmp_path / "parts"
+    shutil.copytree(tmp_path / "two/resnet20_32bit", parts / "resnet20_32bit")
+    config = TrainConfig.from_dict(content["config"] | {"output": str(parts), "epochs": 1})
+    train(TrainConfig.from_dict(config.to_dict() | {"init": str(tmp_path / "two/resnet20_32bit/model_best.pth.tar")}))
+    assert chain(parts, (moved[0], moved[1]), 2)[1] == whole[1]
+
+
+@pytest.fixture
+def short(tiny_npz: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
+    """A run of an epoch that learns from a teacher and starts from it."""
+    for name, seed in (("teacher", 0), ("other", 1)):
+        torch.manual_seed(seed)
+        model = create_model("resnet20", bits=32, num_classes=3)
+        write_checkpoint({"state_dict": model.state_dict()}, tmp_path / f"{name}.pth")
+    teacher = str(tmp_path / "teacher.pth")
+    given: dict[str, Any] = {"data": str(tiny_npz[0]), "test_data": str(tiny_npz[1]), "output": str(tmp_path / "out")}
+    given |= {
+        "epochs": 1,
+        "bit": 4,
+        "batch_size": 16,
+        "crop_padding": 1,
+        "lr": 0.01,
+        "init": teacher,
+        "teacher": teacher,
+    }
+    given |= {"distill_weight": 0.5}
+    train(TrainConfig(**given))
+    return {**given, "epochs": 2}
+
+
+def test_other_content_is_not_the_same_run(
+    short: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with np.load(short["data"]) as arrays:
+        images, labels = arrays["images"], arrays["labels"]
+    other = str(tmp_path / "other.npz")
+    np.savez(other, images=images ^ 1, labels=labels)
+    before = (tmp_path / "out/resnet20_4bit" / LAST).read_bytes()
+    for name, value in (
+        ("data", other),
+        ("teacher", str(tmp_path / "other.pth")),
+        ("init", str(tmp_path / "other.pth")),
+    ):
+        with pytest.raises(ValueError, match=f"{name} '{value}' does not hold what the run began with; give that"):
+            train(TrainConfig(**{**short, name: value}), resume="auto")
+    with pytest.raises(ValueError, match=r"was run with init = .*, not None; give that value"):
+        train(TrainConfig(**{**short, "init": None}), resume="auto")
+    shutil.copy(other, short["data"])  # at the same place
+    with pytest.raises(ValueError, match="does not hold what the run began with"):
+        train(TrainConfig(**short), resume="auto")
+    assert (tmp_path / "out/resnet20_4bit" / LAST).read_bytes() == before
+    np.savez(short["data"], images=images, labels=labels)
+    start = str(tmp_path / "start.pth")
+    shutil.copy(short["init"], start)
+    with pytest.raises(ValueError, match="was run with init"):  # gone, and its place is another
+        train(TrainConfig(**{**short, "init": str(tmp_path / "absent.pth")}), resume="auto")
+    train(TrainConfig(**{**short, "init": start}), resume="auto")
+    Path(start).write_bytes(Path(tmp_path / "other.pth").read_bytes())
+    train(TrainConfig(**{**short, "init": start, "epochs": 3}), resume="auto")
+    assert "start.pth is not what it was when" in caplog.text
+    Path(start).unlink()
+    assert train(TrainConfig(**{**short, "init": start, "epochs": 4}), resume="auto").epochs == 4
+
+
+@pytest.mark.parametrize("loader", ["memory", "stream"])
+def test_a_moved_folder_of_images_is_the_same_and_one_with_another_image_is_not(tmp_path: Path, loader: str) -> None:
+    for part in ("train", "test"):
+        for number in range(6):
+            (tmp_path / "a" / part / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
+            pixels = np.full((8, 8, 3), 40 * number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "a" / part / f"class{number % 2}" / f"{number}.png")
+    given: dict[str, Any] = {"bit": 32, "batch_size": 3, "crop_padding": 1, "lr": 0.01, "loader": loader, "workers": 0}
+    given |= {"image_size": 8, "output": str(tmp_path / "out")}
+    train(TrainConfig(**given, data=str(tmp_path / "a"), epochs=1))
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    train(TrainConfig(**given, data=str(tmp_path / "b"), epochs=2), resume="auto")
+    (tmp_path / "b/train/class0/0.png").rename(tmp_path / "b/train/class0/00.png")
+    (tmp_path / "b/train/class0/2.png").unlink()
+    with pytest.raises(ValueError, match=r"data '.*b' does not hold what the run began with"):
+        train(TrainConfig(**given, data=str(tmp_path / "b"), epochs=3), resume="auto")
+
+
+def test_a_checkpoint_of_before_names_its_places(short: dict[str, Any], tmp_path: Path) -> None:
+    last = tmp_path / "out/resnet20_4bit" / LAST
+    content = read_checkpoint(last)
+    del content["sources"]
+    write_checkpoint(content, last)
+    moved = shutil.copy(short["data"], tmp_path / "moved.npz")
+    with pytest.raises(ValueError, match="was run with data"):
+        train(TrainConfig(**{**short, "data": str(moved)}), resume="auto")
+    assert train(TrainConfig(**short), resume="auto").epochs == 2
