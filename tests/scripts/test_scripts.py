@@ -166,7 +166,11 @@ def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
         ("evaluate.py", ("--init", full, "--bit", 32, "--data", many), "has 10 outputs"),
         ("progressive.py", ("--bits", "4,x"), "bits '4,x': expected bit-widths"),
         ("progressive.py", ("--bits", "4,9"), "bits 9: choose an integer"),
-        ("quantize.py", ("--init", full, "--output", "q.safetensors"), "does not record its network; give --arch"),
+        (
+            "quantize.py",
+            ("--init", full, "--output", "q.safetensors"),
+            "records no network and lies in no <arch>_<bits>bit folder; give --arch",
+        ),
         ("quantize.py", ("--init", full, "--arch", "res20", "--output", "q.pt"), "a packed file ends in .safetensors"),
         ("quantize.py", ("--init", text, "--output", "q.safetensors"), "not a PyTorch checkpoint"),
         ("quantize.py", ("--init", "torchvision", "--output", "q.safetensors"), "name the network with --arch"),
