@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from apot_fat.models import default_preset, find_architecture
-from apot_fat.text import one_line
+from apot_fat.text import one_line, printable
 from apot_fat.training.config import TrainConfig, field_type
 from apot_fat.training.distributed import launched
 from apot_fat.training.finite import NonFiniteError
@@ -115,6 +116,9 @@ def parse_values(
 
 def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> NoReturn:
     """Run a script's main: log to standard output, a ``ValueError`` as one line on standard error with exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no × or █ shows a question mark
     handler = _TqdmHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("apot_fat").addHandler(handler)
@@ -147,17 +151,46 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
     sys.exit(0)
 
 
+def say(text: str) -> None:
+    """Print lines to standard output, as ``printable``."""
+    print(printable(text))
+
+
+def output_file(text: str, suffix: str, *inputs: str | os.PathLike[str]) -> Path:
+    """The file that a script writes, told before it does its work.
+
+    Args:
+        text: its path.
+        suffix: of its kind.
+        inputs: what the script reads.
+
+    Raises:
+        ValueError: one of the inputs, a file of another kind that is there, or no file.
+    """
+    path = Path(text)
+    if path.exists():
+        if not path.is_file():
+            raise ValueError(f"{path}: a folder, a device or a pipe; name a file to write")
+        if any(Path(given).exists() and path.samefile(given) for given in inputs):
+            raise ValueError(f"{path}: is read here, and would be overwritten; name another file to write")
+        if path.suffix != suffix:
+            raise ValueError(f"{path}: is there, and no {suffix} file; name another file to write, or remove it")
+    return path
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (--help lists the options)\n")
+        self.exit(
+            EXIT_BAD_INPUT, f"{self.prog}: error: {printable(' '.join(message.split()))} (--help lists the options)\n"
+        )
 
 
 class _TqdmHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        tqdm.write(printable(self.format(record)), file=sys.stdout)
         sys.stdout.flush()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
@@ -21,8 +23,25 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[s
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split())
+    """An error's message on one line, as ``printable``."""
+    return printable(" ".join(str(error).split()))
+
+
+def printable(text: str) -> str:
+    """Text with what would steer a terminal written out: names of files, classes and layers come from outside.
+
+    Control and formatting characters but line feed and tab, and bytes of file names that are no text.
+
+    >>> printable("layer\\x1b[2J")
+    'layer\\\\x1b[2J'
+    """
+    steering = ("Cc", "Cf", "Cs")
+    return "".join(ascii(c)[1:-1] if c not in "\n\t" and unicodedata.category(c) in steering else c for c in text)
+
+
+def csv_cell(value: Any) -> Any:
+    """A value as a cell that no spreadsheet takes for a formula: text that begins like one has an apostrophe before."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def bar(value: float, largest: float, width: int = 12) -> str:

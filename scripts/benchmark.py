@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from apot_fat.command_line import OneLineParser, run_main
+from apot_fat.checkpoint import atomic_write
+from apot_fat.command_line import OneLineParser, output_file, run_main
 from apot_fat.data import Augmentation, ImageBatches, ImageSet
 from apot_fat.export import export_onnx
 from apot_fat.export.onnx import ExportMode
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.seconds <= 0 or options.threads < 1 or options.batch_size < 1:
         raise ValueError("seconds, threads and batch-size must be positive")
+    if options.json:
+        output_file(options.json, ".json")
     options.device = choose_device(options.device)
     set_numerics("fast", options.device)  # as training does
     torch.set_num_threads(options.threads)
@@ -70,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     head = list(rows[0])
     print(aligned(head, [[_shown(row[name]) for name in head] for row in rows], left=head[:1]))
     if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        with atomic_write(output_file(options.json, ".json")) as temporary:
+            temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def quantizer(options: argparse.Namespace) -> list[Row]:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from apot_fat.command_line import OneLineParser, log, run_main
-from apot_fat.export import WRITERS
+from apot_fat.command_line import OneLineParser, log, output_file, run_main
+from apot_fat.export import SUFFIXES, WRITERS
+from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.report.subject import usual_shape
 from apot_fat.training.build import load_config_dataset, make_batches
 from apot_fat.training.config import TrainConfig
@@ -33,13 +34,19 @@ def main(argv: list[str] | None = None) -> None:
         "--data", metavar="NAME", help="images to measure ranges and compare on: as train.py's --data (default: noise)"
     )
     options = parser.parse_args(argv)
+    output = output_file(options.output, SUFFIXES[options.to], options.checkpoint)
     names = ("arch", "bit", "preset", "image_size", "data")
     opened = open_network(options.checkpoint, {name: getattr(options, name) for name in names})
+    if options.mode == "int8":
+        if opened.config.bit == FLOAT_BITS:
+            raise ValueError(f"--mode int8: {opened.where} holds a full-precision network; give a quantized one")
+        if options.data is None:
+            raise ValueError("--mode int8: the ranges of sums are measured on images: name some with --data")
     images = _images(opened.config) if options.data else None
     shape = recorded_shape(opened.content, opened.where)
     input_shape = usual_shape(opened.config, shape, options.image_size) if images is None else tuple(images.shape[1:])
-    said = WRITERS[options.to](opened.model, Path(options.output), input_shape, images, options.mode)
-    log.info("%s: %s", options.output, said)
+    said = WRITERS[options.to](opened.model, output, input_shape, images, options.mode)
+    log.info("%s: %s", output, said)
 
 
 def _images(config: TrainConfig) -> Tensor:

@@ -15,7 +15,8 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from apot_fat.command_line import OneLineParser, run_main
+from apot_fat.checkpoint import atomic_write
+from apot_fat.command_line import OneLineParser, output_file, run_main
 from apot_fat.gpu_check import FAILED, SECTIONS, Check, Row, run_section, table
 from apot_fat.training.device import choose_device
 from apot_fat.training.environment import environment
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in wanted:
         if name not in SECTIONS:
             raise ValueError(f"--only {name!r}: choose of {', '.join(SECTIONS)}")
+    if options.json:
+        output_file(options.json, ".json")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product, deterministic or not
     device = choose_device(options.device)
     where = environment(device)
@@ -47,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(said, end="", file=sys.stderr, flush=True)
                 if options.json:
                     content = json.dumps({"environment": where, "rows": [asdict(row) for row in rows]}, indent=1)
-                    Path(options.json).write_text(content + "\n", encoding="utf-8")
+                    with atomic_write(options.json) as temporary:
+                        temporary.write_text(content + "\n", encoding="utf-8")
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     print(table(rows))
     if any(row.verdict == FAILED for row in rows):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from apot_fat.command_line import log, make_parser, parse, run_main
+from apot_fat.command_line import log, make_parser, parse, run_main, say
 from apot_fat.optional import MissingPackageError
 from apot_fat.quant.spec import check_bits
 from apot_fat.report import draw_runs, find_runs, runs_table
@@ -28,9 +28,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     output = summaries[0].folder.parent
     runs = find_runs(output)
-    print(runs_table(runs))
+    say(runs_table(runs))
     try:
-        print(f"figure: {draw_runs(runs, Path(output) / 'progressive.png')}")
+        say(f"figure: {draw_runs(runs, Path(output) / 'progressive.png')}")
     except MissingPackageError as error:  # the chain is trained all the same
         log.warning("no figure: %s", error)
 
@@ -39,9 +39,12 @@ def _parse_chain(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.strip().isdigit() for part in parts):
         raise ValueError(f"bits {text!r}: expected bit-widths, such as 32,4,3,2")
-    for part in parts:
-        check_bits(int(part))
-    return tuple(int(part) for part in parts)
+    chain = tuple(int(part) for part in parts)
+    for bits in chain:
+        check_bits(bits)
+        if chain.count(bits) > 1:
+            raise ValueError(f"bits {text!r}: {bits} twice; each has one run in the output folder")
+    return chain
 
 
 if __name__ == "__main__":

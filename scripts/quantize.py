@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from apot_fat.checkpoint import PACKED_SUFFIX, save_packed
-from apot_fat.command_line import OneLineParser, log, run_main
+from apot_fat.command_line import OneLineParser, log, output_file, run_main
 from apot_fat.data import Dataset
 from apot_fat.quant import FLOAT_BITS, Reconstruction, allocate_bits, quantize
 from apot_fat.quant.convert import METHODS
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.images < 1:
         raise ValueError(f"--images {options.images}: give at least 1")
-    output = Path(options.output)
+    output = output_file(options.output, PACKED_SUFFIX, options.init)
     if output.suffix != PACKED_SUFFIX:
         raise ValueError(f"--output {output}: a packed file ends in {PACKED_SUFFIX}")
     opened = open_network(options.init, {name: getattr(options, name) for name in RUN_OPTIONS}, bit=FLOAT_BITS)

@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from apot_fat.checkpoint import atomic_write
-from apot_fat.command_line import OneLineParser, log, run_main
+from apot_fat.command_line import OneLineParser, log, output_file, run_main
 from apot_fat.quant.measure import weight_layers
 from apot_fat.report.charts import figures, write_figures
 from apot_fat.report.contents import build_report
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bit", type=int, help="bits of a checkpoint that records none")
     parser.add_argument("--preset", help="variant of a checkpoint that records none")
     options = parser.parse_args(argv)
+    output = output_file(options.output, ".html", *options.paths)
     given = {name: getattr(options, name) for name in ("arch", "bit", "preset")}
     subjects = [
         subject for group, path in enumerate(options.paths) for subject in load_subjects(Path(path), group, **given)
@@ -38,9 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=layers, desc="measure", unit="layer", disable=None) as bar:
         report = build_report(subjects, options.data, options.image_size, lambda name: bar.update() and None)
     html = page(report)
-    with atomic_write(options.output) as temporary:
+    with atomic_write(output) as temporary:
         temporary.write_text(html, encoding="utf-8")
-    log.info("%s: %d networks, %.1f MB", options.output, len(subjects), len(html.encode()) / 1e6)
+    log.info("%s: %d networks, %.1f MB", output, len(subjects), len(html.encode()) / 1e6)
     if options.figures:
         drawn = list(figures(report))
         with tqdm(total=len(drawn), desc="figures", unit="figure", disable=None) as bar:

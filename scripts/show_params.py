@@ -7,9 +7,9 @@ import json
 import sys
 
 from apot_fat.checkpoint import PACKED_SUFFIX, checkpoint_thresholds, load_packed, read_checkpoint
-from apot_fat.command_line import OneLineParser, run_main
+from apot_fat.command_line import OneLineParser, run_main, say
 from apot_fat.quant.layers import clipping_table, threshold_line
-from apot_fat.text import aligned, bar
+from apot_fat.text import aligned, bar, csv_cell
 
 HEAD = ("layer", "weight_alpha", "act_alpha")
 
@@ -25,14 +25,14 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     rows = read_thresholds(options.checkpoint)
     if options.table:
-        print(table(rows))
+        say(table(rows))
     elif options.csv:
-        csv.writer(sys.stdout, lineterminator="\n").writerows([HEAD, *rows])
+        csv.writer(sys.stdout, lineterminator="\n").writerows([HEAD, *(tuple(map(csv_cell, row)) for row in rows)])
     elif options.json:
         print(json.dumps([dict(zip(HEAD, row, strict=True)) for row in rows], indent=1))
     else:
         for _, weight_alpha, act_alpha in rows:
-            print(threshold_line(weight_alpha, act_alpha))
+            say(threshold_line(weight_alpha, act_alpha))
 
 
 Row = tuple[str, float | None, float | None]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from apot_fat.command_line import log, make_parser, parse_values, run_main
+from apot_fat.command_line import log, make_parser, output_file, parse_values, run_main, say
 from apot_fat.optional import MissingPackageError
 from apot_fat.report import draw_sweep, seeds_table, sweep_table
 from apot_fat.report.sweep import MEASURES
@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.by not in MEASURES:
         raise ValueError(f"--by {options.by!r}: choose one of {', '.join(MEASURES)}")
     if options.table:
+        if options.figure:
+            output_file(options.figure, ".png", options.table)
         stored, baseline = read_results(options.table), options.baseline or "published"
         print_tables(stored, baseline, options.by)
         if options.figure:
@@ -82,10 +84,10 @@ def show(sweep: Sweep, rows: list[ResultRow], output: Path, options: argparse.Na
     baseline = options.baseline or sweep.baseline
     has_baseline = bool(options.baseline) or any(row.recipe == baseline for row in rows)
     print_tables(rows, baseline if has_baseline else None, options.by)
-    print(f"\nresults: {output / 'results.csv'}")
+    say(f"\nresults: {output / 'results.csv'}")
     if has_baseline:
         try:
-            print(f"figure: {draw_sweep(rows, output / 'results.png', baseline, options.by)}")
+            say(f"figure: {draw_sweep(rows, output / 'results.png', baseline, options.by)}")
         except MissingPackageError as error:  # the results are there all the same
             log.warning("no figure: %s", error)
 
@@ -112,9 +114,9 @@ def chosen(sweep: Sweep, options: argparse.Namespace) -> Callable[[Cell], bool]:
 
 def print_tables(rows: list[ResultRow], baseline: str | None, measure: str) -> None:
     """The table of recipes, then that of seeds, as Markdown."""
-    print(sweep_table(rows, baseline, measure))
-    print()
-    print(seeds_table(rows, measure))
+    say(sweep_table(rows, baseline, measure))
+    say("")
+    say(seeds_table(rows, measure))
 
 
 if __name__ == "__main__":

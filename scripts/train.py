@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from apot_fat.command_line import make_parser, parse, run_main
+from pathlib import Path
+
+from apot_fat.command_line import make_parser, parse, run_main, say
 from apot_fat.evaluation import add_evaluation_options, evaluate_request, next_higher_checkpoint
 from apot_fat.training import train
 from apot_fat.training.distributed import launched
+from apot_fat.training.resume import resumed_config
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -17,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
         nargs="?",
         const="auto",
         metavar="auto|PATH",
-        help="go on where a run stopped (`auto`: its folder's last checkpoint)",
+        help="go on where a run stopped (`auto`: its folder's last checkpoint; a checkpoint's path: with its config)",
     )
     parser.add_argument(
         "--use_pretrain", "--use-pretrain", action="store_true", help="start from the next higher bit-width in --output"
@@ -28,11 +31,16 @@ def main(argv: list[str] | None = None) -> None:
         return
     if request.options.use_pretrain and "init" not in request.given:
         request.given["init"] = str(next_higher_checkpoint(request.config()))
-    summary = train(request.config(), resume=request.options.resume)
+    resume = request.options.resume
+    if resume not in (None, "auto") and not request.options.config:
+        config = resumed_config(Path(resume), request.given)
+    else:
+        config = request.config()
+    summary = train(config, resume=resume)
     if not launched().is_first:
         return
     best = f"best {summary.best:.3f}% (epoch {summary.best_epoch}, on {summary.best_on})"
-    print(f"last {summary.last:.3f}%, {best}: {summary.folder}")
+    say(f"last {summary.last:.3f}%, {best}: {summary.folder}")
 
 
 if __name__ == "__main__":

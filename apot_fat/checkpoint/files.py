@@ -166,8 +166,16 @@ def _link_over(source: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path``: flushed and renamed to it if the block succeeds, removed if it does not."""
-    path = Path(path)
+    """A temporary path beside ``path``: flushed and renamed to it if the block succeeds, removed if it does not.
+
+    Through a symbolic link the file that it leads to is written.
+
+    Raises:
+        ValueError: something other than a file is there.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: a folder, a device or a pipe; name a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)

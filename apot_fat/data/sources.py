@@ -25,6 +25,7 @@ from apot_fat.data.decoding import IMAGE_SUFFIXES, read_image
 from apot_fat.data.images import Dataset, FileSet, ImageSet
 from apot_fat.optional import needed_for
 from apot_fat.quant.spec import nearest
+from apot_fat.text import printable
 
 MAX_BYTES_IN_MEMORY = 8 << 30
 _THREADS_FROM_PIXELS = 64 * 64  # below, decoding is so short that threads wait on the interpreter: 6.8k images/s with
@@ -274,7 +275,9 @@ def _decode_all(files: FileSet, path: Path, image_size: int | None) -> ImageSet:
     with contextlib.ExitStack() as stack:
         threads = height * width >= _THREADS_FROM_PIXELS
         run = stack.enter_context(ThreadPoolExecutor(os.cpu_count())).map if threads else map
-        bar = stack.enter_context(tqdm(total=len(files), desc=f"decode {path.name}", unit="img", disable=None))
+        bar = stack.enter_context(
+            tqdm(total=len(files), desc=f"decode {printable(path.name)}", unit="img", disable=None)
+        )
         for _ in run(decode, range(len(files))):
             bar.update()
     return ImageSet(images_NHWC, files.labels_N)

@@ -2,9 +2,10 @@
 
 from apot_fat.export.integer import Divergence, IntegerLayer, compare_networks, integer_network, simulated_accumulator
 from apot_fat.export.onnx import OnnxReport, export_onnx
-from apot_fat.export.writers import WRITERS
+from apot_fat.export.writers import SUFFIXES, WRITERS
 
 __all__ = [
+    "SUFFIXES",
     "WRITERS",
     "Divergence",
     "IntegerLayer",

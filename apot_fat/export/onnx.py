@@ -102,6 +102,8 @@ def export_onnx(
     """
     if mode not in get_args(ExportMode):
         raise ValueError(f"mode {mode!r}: choose one of {', '.join(get_args(ExportMode))}")
+    if mode == "int8" and not any(isinstance(module, AnyQuantized) for module in model.modules()):
+        raise ValueError(f"mode 'int8': {type(model).__name__} holds no quantized layer; quantize it first")
     with needed_for("ONNX export"):
         for package in ("onnx", "onnxscript", "onnxruntime"):
             importlib.import_module(package)

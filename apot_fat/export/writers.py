@@ -1,4 +1,4 @@
-"""The files that ``scripts/export.py --to`` writes: a new kind is a function here and its line in ``WRITERS``."""
+"""The files that ``scripts/export.py --to`` writes: a new kind is a function and its lines below."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from apot_fat.checkpoint import save_packed
+from apot_fat.checkpoint import PACKED_SUFFIX, save_packed
 from apot_fat.export.onnx import ExportMode, export_onnx
 
 Writer = Callable[[nn.Module, Path, tuple[int, ...], Tensor | None, ExportMode], str]
@@ -34,4 +34,5 @@ def write_packed(
     return f"{save_packed(model, path):,} bytes"
 
 
+SUFFIXES = {"onnx": ".onnx", "packed": PACKED_SUFFIX}
 WRITERS: dict[str, Writer] = {"onnx": write_onnx, "packed": write_packed}

@@ -17,7 +17,7 @@ from apot_fat.quant.input_shape import run_on_zeros, split_batch
 from apot_fat.quant.integers import integer_weight, shift_terms
 from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
 from apot_fat.quant.spec import FLOAT_BITS
-from apot_fat.text import aligned
+from apot_fat.text import aligned, csv_cell
 
 FLOAT_BYTES = FLOAT_BITS // 8
 EIGHT_BITS = 8
@@ -93,7 +93,8 @@ class CostReport:
         text = io.StringIO()
         writer = csv.DictWriter(text, [field.name for field in fields(LayerCost)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in (*self.rows, self.total))
+        for row in (*self.rows, self.total):
+            writer.writerow({name: csv_cell(value) for name, value in asdict(row).items()})
         return text.getvalue()
 
     def to_json(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 from apot_fat.quant.layers import quant_layers
 from apot_fat.training.config import TrainConfig
+
+log = logging.getLogger("apot_fat")
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
@@ -49,6 +52,13 @@ def make_schedule(
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """A schedule to step after every optimiser step; all groups follow the same curve."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config, step, steps_per_epoch))
+
+
+def say_unreached_steps(config: TrainConfig) -> None:
+    """Say which steps of the learning rate lie behind the run's end, such as a recipe's in a shorter run."""
+    counts = config.schedule == "step" and config.lr_unit == "epochs"
+    if late := [str(step) for step in config.lr_steps if counts and step >= config.epochs]:
+        log.info("lr_steps %s: not reached in %d epochs; --lr-steps sets others", ", ".join(late), config.epochs)
 
 
 def freeze_late(

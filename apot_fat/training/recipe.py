@@ -57,6 +57,8 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         raise ValueError(f"config {path}: chain {chain!r}: expected a list of bit-widths, such as [32, 4, 3, 2]")
     for bits in chain:
         check_bits(bits, f"config {path}: chain")
+        if chain.count(bits) > 1:
+            raise ValueError(f"config {path}: chain {chain!r}: {bits} twice; each has one run in the output folder")
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
         raise ValueError(f"config {path}: bits: expected tables such as [bits.4]")
     by_bits: dict[int, dict[str, Any]] = {}

@@ -7,11 +7,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from apot_fat.checkpoint import TORCHVISION, file_checksum, read_newest
+from apot_fat.checkpoint import TORCHVISION, before, file_checksum, read_checkpoint, read_newest
 from apot_fat.data import Dataset
 from apot_fat.training.build import load_config_dataset
 from apot_fat.training.config import TrainConfig
-from apot_fat.training.folder import BEST, LAST, run_config
+from apot_fat.training.folder import BEST, LAST, METRICS, run_config
 from apot_fat.training.teacher import teacher_path
 
 _PLACES = {"data": ("data", "test_data"), "init": ("init",), "teacher": ("teacher",)}  # fields that say where it lies
@@ -34,26 +34,57 @@ def resumed_content(config: TrainConfig, resume: str | None) -> dict[str, Any] |
     """
     folder = Path(config.output) / config.run_name
     last = folder / LAST
+    is_there = last.exists() or before(last).exists()
+    if not is_there:
+        _check_no_stranger(folder, config)
     if resume is None:
-        if last.exists():
+        if is_there:
             raise ValueError(f"{folder} holds a run already: go on with --resume auto, or name another --output")
         return None
     path = last if resume == "auto" else Path(resume)
-    if resume == "auto" and not path.exists():
+    if resume == "auto" and not is_there:
         return None
     content = read_newest(path, log.warning)
-    before = run_config(content, path).to_dict()
-    now = config.to_dict()
-    for name in sorted({*before, *now} - _FREE_TO_CHANGE):
-        if before.get(name) != now.get(name):
-            raise ValueError(_changed(path, name, before.get(name), now.get(name)))
-    if before.get("epochs") != now.get("epochs") and (config.schedule != "step" or config.freeze_weights_from < 1):
+    _check_config(content, path, config)
+    epochs = run_config(content, path).epochs
+    if epochs != config.epochs and (config.schedule != "step" or config.freeze_weights_from < 1):
         what = f"{config.schedule} schedule" if config.schedule != "step" else "freeze_weights_from"
-        raise ValueError(
-            f"checkpoint {path}: was run with epochs = {before['epochs']}, which its {what} depends on, "
-            f"not {config.epochs}"
-        )
+        where = f"checkpoint {path}: was run with epochs = {epochs}, which its {what} depends on"
+        if len(content["history"]) < epochs:
+            raise ValueError(f"{where}, not {config.epochs}: finish it first, or name another --output")
+        log.warning("%s: goes on as one of %d would from here, which is not a run of as many", where, config.epochs)
     return content
+
+
+def _check_no_stranger(folder: Path, config: TrainConfig) -> None:
+    # of a run without its last checkpoint only what one leaves that is killed in its first epoch may be there
+    metrics, best = folder / METRICS, folder / BEST
+    if metrics.exists() and metrics.read_bytes().count(b"\n") > 1:
+        raise ValueError(f"{metrics}: the metrics of a run whose {LAST} is gone; move them, or name another --output")
+    if best.exists():
+        try:
+            _check_config(read_checkpoint(best), best, config)
+        except ValueError as error:
+            raise ValueError(f"{best}: of no run in this folder; move it, or name another --output") from error
+
+
+def _check_config(content: dict[str, Any], path: Path, config: TrainConfig) -> None:
+    then, now = run_config(content, path).to_dict(), config.to_dict()
+    for name in sorted({*then, *now} - _FREE_TO_CHANGE):
+        if then.get(name) != now.get(name):
+            raise ValueError(_changed(path, name, then.get(name), now.get(name)))
+
+
+def resumed_config(path: Path, given: dict[str, Any]) -> TrainConfig:
+    """The config of the run that wrote a checkpoint, in the folder where it lies now, and what is given over it.
+
+    Raises:
+        ValueError: no checkpoint of a run, or a bad value.
+    """
+    config = run_config(read_newest(path, log.warning), path)
+    folder = path.resolve().parent
+    output = {"output": str(folder.parent)} if folder.name == config.run_name else {}
+    return TrainConfig.from_dict(config.to_dict() | output | given, f"checkpoint {path}")
 
 
 def is_finished(config: TrainConfig) -> bool:
@@ -97,11 +128,11 @@ def checked_sources(
         return now
     recorded: dict[str, str] = content.get("sources", {})
     run = Path(config.output) / config.run_name
-    before = run_config(content, run)
-    moved = _moved(before, config)
+    then = run_config(content, run)
+    moved = _moved(then, config)
     for name, place in moved.items():
-        if name not in recorded or name not in now:  # a checkpoint of before, or a file that is gone
-            raise ValueError(_changed(run, place, getattr(before, place), getattr(config, place)))
+        if name not in recorded or name not in now:  # a checkpoint of an older version, or a file that is gone
+            raise ValueError(_changed(run, place, getattr(then, place), getattr(config, place)))
     for name in recorded.keys() & now.keys():
         if recorded[name] == now[name]:
             continue
@@ -116,11 +147,11 @@ def checked_sources(
     return now | recorded
 
 
-def _moved(before: TrainConfig, now: TrainConfig) -> dict[str, str]:
+def _moved(then: TrainConfig, now: TrainConfig) -> dict[str, str]:
     # what lies elsewhere than before, and the field that says so
     fields = [(name, place) for name, places in _PLACES.items() for place in places]
-    return {name: place for name, place in fields if getattr(before, place) != getattr(now, place)}
+    return {name: place for name, place in fields if getattr(then, place) != getattr(now, place)}
 
 
-def _changed(where: Path, name: str, before: Any, now: Any) -> str:
-    return f"{where}: was run with {name} = {before!r}, not {now!r}; give that value, or name another --output"
+def _changed(where: Path, name: str, then: Any, now: Any) -> str:
+    return f"{where}: was run with {name} = {then!r}, not {now!r}; give that value, or name another --output"

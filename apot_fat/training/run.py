@@ -41,7 +41,7 @@ from apot_fat.training.interruption import SignalWatch
 from apot_fat.training.loop import Position, Result, autocast, evaluate, train_epoch
 from apot_fat.training.network import create_network
 from apot_fat.training.objective import Objective
-from apot_fat.training.optim import freeze_late, make_optimizer, make_schedule
+from apot_fat.training.optim import freeze_late, make_optimizer, make_schedule, say_unreached_steps
 from apot_fat.training.resume import checked_sources, resumed_content
 from apot_fat.training.start import load_initial_weights, reconstruct_start, set_initial_thresholds
 from apot_fat.training.state import TrainState
@@ -73,6 +73,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
     choose_kernels(config.compile)
     sharding = Sharding(processes.rank, processes.world, config.accumulate)
     sharding.check(config.batch_size)
+    say_unreached_steps(config)
     folder = Path(config.output) / config.run_name
     before = resumed_content(config, resume)
     with process_group(processes, device, config.dist_timeout):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from apot_fat.checkpoint import before as checkpoint_before
 from apot_fat.checkpoint import read_checkpoint, write_checkpoint
 from apot_fat.models import create_model
 from apot_fat.training import TrainConfig, train, train_chain
-from apot_fat.training.folder import LAST
+from apot_fat.training.folder import BEST, LAST, METRICS
 from apot_fat.training.recipe import read_recipe
 
 
@@ -130,3 +131,47 @@ def test_a_checkpoint_of_before_names_its_places(short: dict[str, Any], tmp_path
     with pytest.raises(ValueError, match="was run with data"):
         train(TrainConfig(**{**short, "data": str(moved)}), resume="auto")
     assert train(TrainConfig(**short), resume="auto").epochs == 2
+
+
+def one(tiny_npz: tuple[Path, Path], output: Path, **values: Any) -> TrainConfig:
+    given: dict[str, Any] = {"data": str(tiny_npz[0]), "test_data": str(tiny_npz[1]), "output": str(output)}
+    given |= {"bit": 4, "batch_size": 16, "crop_padding": 1, "lr": 0.01, "schedule": "cosine"}
+    return TrainConfig(**{**given, **values})
+
+
+def test_a_finished_cosine_goes_on_and_says_so_and_an_unfinished_one_keeps_its_end(
+    tiny_npz: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(one(tiny_npz, tmp_path, epochs=1))
+    assert train(one(tiny_npz, tmp_path, epochs=2), resume="auto").epochs == 2
+    assert "cosine schedule depends on: goes on as one of 2 would from here" in caplog.text
+    last = tmp_path / "resnet20_4bit" / LAST
+    content = read_checkpoint(last)
+    assert content["history"][1]["lr"]["weights"] == pytest.approx(0)
+    write_checkpoint({**content, "config": {**content["config"], "epochs": 3}}, last)
+    with pytest.raises(ValueError, match="not 4: finish it first, or name another --output"):
+        train(one(tiny_npz, tmp_path, epochs=4), resume="auto")
+
+
+def test_a_folder_with_what_is_no_run_of_its_own_is_left_alone(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "resnet20_4bit"
+    folder.mkdir()
+    lone = folder / BEST
+    write_checkpoint({"state_dict": create_model("resnet20", bits=4).state_dict()}, lone)
+    before = lone.read_bytes()
+    for resume in (None, "auto"):
+        with pytest.raises(ValueError, match="of no run in this folder; move it, or name another --output"):
+            train(one(tiny_npz, tmp_path, epochs=1), resume=resume)
+    assert [entry.name for entry in folder.iterdir()] == [BEST]
+    assert lone.read_bytes() == before
+    lone.unlink()
+    (folder / METRICS).write_text("{}\n{}\n")
+    with pytest.raises(ValueError, match="the metrics of a run whose"):
+        train(one(tiny_npz, tmp_path, epochs=1))
+    (folder / METRICS).unlink()
+    train(one(tiny_npz, tmp_path, epochs=1))
+    last = folder / LAST
+    last.rename(checkpoint_before(last))  # a run killed between two names
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(one(tiny_npz, tmp_path, epochs=1))
+    assert train(one(tiny_npz, tmp_path, epochs=1), resume="auto").epochs == 1
