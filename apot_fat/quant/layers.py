@@ -83,7 +83,7 @@ class _KeepsWeight(nn.Module):
     Kept only in evaluation mode and where no gradient can flow; given up on ``train()``, ``eval()``, ``to()``, where a
     gradient can flow (an optimizer's step may follow) and on any change that a tensor's version counter shows
     (``load_state_dict``, in-place writes). A write through ``.data`` shows nowhere: call ``eval()`` after it. Neither
-    saved nor copied.
+    saved nor copied. Under PyTorch's ``fully_shard`` nothing is kept.
     """
 
     _kept: _Kept[Tensor] | None = None
@@ -121,7 +121,8 @@ class _KeepsWeight(nn.Module):
         return self._keep("_kept", sources, compute)
 
     def _keep(self, name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) -> T:
-        if not all(map(_shows_changes, sources)):
+        # fully_shard gathers changed weights into the same tensors, and no version counter shows it
+        if getattr(self, "_is_fsdp_managed_module", False) or not all(map(_shows_changes, sources)):
             return compute()
         state = tuple(part for s in sources for part in (id(s), s._version, s.data_ptr(), s.dtype))
         kept: _Kept[T] | None = getattr(self, name)
