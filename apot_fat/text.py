@@ -40,8 +40,10 @@ def printable(text: str) -> str:
 
 
 def csv_cell(value: Any) -> Any:
-    """A value as a cell that no spreadsheet takes for a formula: text that begins like one has an apostrophe before."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    """A value as a cell: text as ``printable``, with an apostrophe before what begins as a formula does."""
+    if not isinstance(value, str):
+        return value
+    return ("'" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else "") + printable(value)
 
 
 def bar(value: float, largest: float, width: int = 12) -> str:

@@ -33,6 +33,7 @@ def load_weights(
     source: str | os.PathLike[str] | Mapping[str, Any],
     *,
     other_bits: bool = False,
+    other_classes: bool = False,
     label: str | None = None,
 ) -> nn.Module:
     """Load weights in any published naming, or ours, strictly.
@@ -49,6 +50,8 @@ def load_weights(
         source: where the weights come from.
         other_bits: True to start from another bit-width: thresholds and transforms that the source lacks keep their
             initial values, those that the model lacks are dropped, and so is a bias only full precision has.
+        other_classes: True to start from a network with another number of outputs: the model's last linear layer keeps
+            its initial weight and bias where the source's have other shapes.
         label: what errors call the source.
 
     Returns:
@@ -72,6 +75,10 @@ def load_weights(
     if other_bits:
         missing = [name for name in missing if not _QUANTIZER.search(name)]
         left_over = [name for name in left_over if not _QUANTIZER.search(name) and not _is_float_bias(name, own)]
+    if other_classes:
+        for name in _last_layer(model):
+            if name in state and state[name].shape != own[name].shape:
+                state[name] = own[name]
     misfits = [
         f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
         for name in own
@@ -154,6 +161,11 @@ def best_accuracy(content: Mapping[str, Any]) -> float | None:
         if isinstance(content.get(key), int | float | Tensor):
             return float(content[key])
     return None
+
+
+def _last_layer(model: nn.Module) -> list[str]:
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [f"{linear[-1]}.weight", f"{linear[-1]}.bias"] if linear else []
 
 
 def _our_name(published: str) -> str:

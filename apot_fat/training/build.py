@@ -33,7 +33,7 @@ from apot_fat.training.teacher import load_teacher, teacher_path
 
 FILE_SIZE = 224
 """Height and width that image files are brought to, pixels."""
-MORE_VIEWS = 1
+MORE_VIEWS = 3
 """How often ``unlabelled_images`` come as in training, after once as in evaluation."""
 
 

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from apot_fat.checkpoint import TORCHVISION, load_weights, read_newest, torchvision_weights
+from apot_fat.checkpoint import (
+    TORCHVISION,
+    load_weights,
+    num_outputs,
+    read_checkpoint,
+    read_newest,
+    torchvision_weights,
+)
 from apot_fat.data import Batches, FileSet, ImageSet
 from apot_fat.quant.convert import Reconstruction, reconstruct
 from apot_fat.quant.layers import quant_layers, set_bits
@@ -24,11 +31,23 @@ log = logging.getLogger("apot_fat")
 
 
 def load_initial_weights(model: nn.Module, config: TrainConfig) -> None:
-    """Start from ``config.init``: a checkpoint of any bit-width, torchvision's fp32 weights, or nothing."""
+    """Start from ``config.init``: a checkpoint of any bit-width, torchvision's fp32 weights, or nothing.
+
+    One with another number of classes gives all but the last layer.
+    """
     if config.init in (None, "none"):
         return
-    source = torchvision_weights(config.arch) if config.init == TORCHVISION else str(config.init)
-    load_weights(model, source, other_bits=True)
+    where = f"checkpoint {config.init}"
+    if config.init == TORCHVISION:
+        content: dict[str, Any] = {"state_dict": torchvision_weights(config.arch)}
+    else:
+        content = read_checkpoint(str(config.init))
+    theirs, ours = num_outputs(content, where), num_outputs(model.state_dict())
+    if theirs != ours:
+        if config.reconstruct:
+            raise ValueError(f"reconstruct {config.reconstruct}: {where} has {theirs} outputs, the data {ours} classes")
+        log.info("%s has %d outputs, the data %d classes: the last layer begins anew", config.init, theirs, ours)
+    load_weights(model, content, other_bits=True, other_classes=True, label=where)
 
 
 def set_initial_thresholds(model: nn.Module, config: TrainConfig, batches: Batches, device: torch.device) -> None:

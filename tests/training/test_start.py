@@ -11,7 +11,7 @@ import torch
 from apot_fat.checkpoint import read_checkpoint
 from apot_fat.quant.convert import Reconstruction
 from apot_fat.training import TrainConfig, train
-from apot_fat.training.build import load_config_dataset, unlabelled_images
+from apot_fat.training.build import MORE_VIEWS, load_config_dataset, unlabelled_images
 from apot_fat.training.folder import BEST, LAST, RunSummary
 
 CPU = torch.device("cpu")
@@ -80,14 +80,28 @@ def test_images_are_some_of_the_training_images_and_no_more_than_there_are(tmp_p
     assert len(some) == 50
     assert torch.equal(some, again)
     views = torch.cat(unlabelled_images(run, images, 50, CPU))
-    assert len(views) == 100
+    assert len(views) == 50 * (1 + MORE_VIEWS)
     assert torch.equal(torch.unique(views, dim=0), torch.unique(some, dim=0))  # nothing is cropped or mirrored
     cropped = torch.cat(unlabelled_images(TrainConfig(output=str(tmp_path)), images, 50, CPU))
     assert torch.equal(cropped[:50], some)
-    assert len(torch.unique(cropped, dim=0)) > 80
+    assert len(torch.unique(cropped, dim=0)) > 0.8 * len(views)
     everything = torch.cat(unlabelled_images(run, images, 10_000, CPU, augmented=False))
     assert len(everything) == len(images)
     assert len(torch.unique(everything, dim=0)) > 1_400
+
+
+def test_a_network_of_other_classes_gives_all_but_its_last_layer(
+    fp32: RunSummary, tiny_npz: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    three = {**STILL, "data": str(tiny_npz[0]), "test_data": str(tiny_npz[1]), "batch_size": 16}
+    with caplog.at_level("INFO", logger="apot_fat"):
+        run = train(config(fp32, tmp_path, **three))
+    assert "has 10 outputs, the data 3 classes: the last layer begins anew" in caplog.text
+    start, trained = (read_checkpoint(folder / BEST)["state_dict"] for folder in (fp32.folder, run.folder))
+    assert trained["fc.weight"].shape == (3, 64)
+    assert torch.equal(trained["layer1.0.conv1.weight"], start["layer1.0.conv1.weight"])
+    with pytest.raises(ValueError, match=r"reconstruct 64: checkpoint .* has 10 outputs, the data 3 classes"):
+        train(config(fp32, tmp_path / "other", reconstruct=64, **three))
 
 
 def test_what_cannot_be_is_said(fp32: RunSummary, tmp_path: Path) -> None:
