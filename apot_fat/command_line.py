@@ -81,6 +81,13 @@ def make_parser(description: str) -> OneLineParser:
     return parser
 
 
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """``--model``, for files that hold a network which is none of ours."""
+    parser.add_argument(
+        "--model", metavar="FILE.py:FUNCTION", help="what builds the file's network, float, where it is one of your own"
+    )
+
+
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> Request:
     """Parse, and find the recipe.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from apot_fat.checkpoint import fetch_released
-from apot_fat.command_line import Request, log
+from apot_fat.command_line import Request, add_model_option, log
 from apot_fat.quant.layers import show_params
 from apot_fat.training.build import load_config_dataset, make_batches
 from apot_fat.training.compile import compile_network
@@ -30,6 +30,7 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--released", metavar="NAME", help="evaluate a published checkpoint of checkpoints/manifest.toml"
     )
+    add_model_option(parser)
     parser.add_argument("--cache", metavar="DIR", help="where published checkpoints are kept")
 
 
@@ -50,12 +51,12 @@ def evaluate_request(request: Request) -> Result:
         log.info("%s: %s top-1 %.2f%%", entry.name, "recorded" if entry.file else "published", entry.top1)
     else:
         path = _checkpoint_path(request)
-    opened = open_network(path, {**request.given, "init": None}, arch=PUBLISHED_ARCH)
+    opened = open_network(path, {**request.given, "init": None}, request.options.model, arch=PUBLISHED_ARCH)
     config, model = opened.config, opened.model
     device = choose_device(config.device, config.gpu)
     set_numerics(config.numerics, device)
     dataset = load_config_dataset(config, need_train=False)
-    if int(dataset.test.labels_N.max()) >= opened.num_classes:
+    if opened.num_classes is not None and int(dataset.test.labels_N.max()) >= opened.num_classes:
         raise ValueError(
             f"{opened.where}: has {opened.num_classes} outputs, {dataset.name} has {len(dataset.classes)} classes"
         )

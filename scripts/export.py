@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from apot_fat.command_line import OneLineParser, log, output_file, run_main
+from apot_fat.command_line import OneLineParser, add_model_option, log, output_file, run_main
 from apot_fat.export import SUFFIXES, WRITERS
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.report.subject import usual_shape
@@ -33,10 +33,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--data", metavar="NAME", help="images to measure ranges and compare on: as train.py's --data (default: noise)"
     )
+    add_model_option(parser)
     options = parser.parse_args(argv)
     output = output_file(options.output, SUFFIXES[options.to], options.checkpoint)
     names = ("arch", "bit", "preset", "image_size", "data")
-    opened = open_network(options.checkpoint, {name: getattr(options, name) for name in names})
+    opened = open_network(options.checkpoint, {name: getattr(options, name) for name in names}, options.model)
     if options.mode == "int8":
         if opened.config.bit == FLOAT_BITS:
             raise ValueError(f"--mode int8: {opened.where} holds a full-precision network; give a quantized one")

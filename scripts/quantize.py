@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from apot_fat.checkpoint import PACKED_SUFFIX, save_packed
-from apot_fat.command_line import OneLineParser, log, output_file, run_main
+from apot_fat.command_line import OneLineParser, add_model_option, log, output_file, run_main
 from apot_fat.data import Dataset
 from apot_fat.quant import FLOAT_BITS, Reconstruction, allocate_bits, quantize
 from apot_fat.quant.convert import METHODS
@@ -53,13 +53,15 @@ def main(argv: list[str] | None = None) -> None:
     ):
         parser.add_argument(f"--{name.replace('_', '-')}", help=text)
     parser.add_argument("--image-size", type=int, help="height and width of the images, pixels")
+    add_model_option(parser)
     options = parser.parse_args(argv)
     if options.images < 1:
         raise ValueError(f"--images {options.images}: give at least 1")
     output = output_file(options.output, PACKED_SUFFIX, options.init)
     if output.suffix != PACKED_SUFFIX:
         raise ValueError(f"--output {output}: a packed file ends in {PACKED_SUFFIX}")
-    opened = open_network(options.init, {name: getattr(options, name) for name in RUN_OPTIONS}, bit=FLOAT_BITS)
+    given = {name: getattr(options, name) for name in RUN_OPTIONS}
+    opened = open_network(options.init, given, options.model, bit=FLOAT_BITS)
     config, model = opened.config, opened.model
     if config.bit != FLOAT_BITS:
         raise ValueError(f"{opened.where}: holds a network of {config.bit} bits; give the full-precision one")

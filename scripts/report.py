@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from apot_fat.checkpoint import atomic_write
-from apot_fat.command_line import OneLineParser, log, output_file, run_main
+from apot_fat.command_line import OneLineParser, add_model_option, log, output_file, run_main
 from apot_fat.quant.measure import weight_layers
 from apot_fat.report.charts import figures, write_figures
 from apot_fat.report.contents import build_report
@@ -29,11 +29,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--arch", "-a", help="network of a checkpoint that records none")
     parser.add_argument("--bit", type=int, help="bits of a checkpoint that records none")
     parser.add_argument("--preset", help="variant of a checkpoint that records none")
+    add_model_option(parser)
     options = parser.parse_args(argv)
     output = output_file(options.output, ".html", *options.paths)
     given = {name: getattr(options, name) for name in ("arch", "bit", "preset")}
     subjects = [
-        subject for group, path in enumerate(options.paths) for subject in load_subjects(Path(path), group, **given)
+        subject
+        for group, path in enumerate(options.paths)
+        for subject in load_subjects(Path(path), group, options.model, **given)
     ]
     layers = sum(1 for subject in subjects for _ in weight_layers(subject.model))
     with tqdm(total=layers, desc="measure", unit="layer", disable=None) as bar:

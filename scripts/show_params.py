@@ -6,9 +6,9 @@ import csv
 import json
 import sys
 
-from apot_fat.checkpoint import PACKED_SUFFIX, checkpoint_thresholds, load_packed, read_checkpoint
+from apot_fat.checkpoint import PACKED_SUFFIX, checkpoint_thresholds, packed_thresholds, read_checkpoint
 from apot_fat.command_line import OneLineParser, run_main, say
-from apot_fat.quant.layers import clipping_table, threshold_line
+from apot_fat.quant.layers import threshold_line
 from apot_fat.text import aligned, bar, csv_cell
 
 HEAD = ("layer", "weight_alpha", "act_alpha")
@@ -45,10 +45,10 @@ def read_thresholds(path: str) -> list[Row]:
         ValueError: a file that is no checkpoint, or one of full precision.
     """
     if path.endswith(PACKED_SUFFIX):
-        rows = [(layer.name, layer.weight_alpha, layer.act_alpha) for layer in clipping_table(load_packed(path))]
+        found = packed_thresholds(path)
     else:
         found = checkpoint_thresholds(read_checkpoint(path), f"checkpoint {path}")
-        rows = [(name, *alphas) for name, alphas in found.items()]
+    rows = [(name, *alphas) for name, alphas in found.items()]
     if not rows:
         raise ValueError(f"checkpoint {path}: holds no clipping thresholds, it is full precision")
     return rows

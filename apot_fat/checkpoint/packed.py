@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from apot_fat.checkpoint.files import atomic_write
+from apot_fat.checkpoint.weights import checkpoint_thresholds
 from apot_fat.models import create_model
 from apot_fat.optional import needed_for
 from apot_fat.quant.convert import convert_layer, fold_weight
@@ -133,7 +134,9 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         raise ValueError(f"packed file {path}: its metadata do not fit its contents ({error})") from error
     if model is None:
         if not isinstance(network, Mapping):
-            raise ValueError(f"packed file {path}: its network is not one of list_models(): give one to fill as model")
+            raise ValueError(
+                f"packed file {path}: its network is none of list_models(): give one to fill as model (--model)"
+            )
         try:
             with torch.device("meta"):  # nothing is allocated before it is known to fit
                 _check_fit(path, create_model(**network), plans, state)
@@ -148,6 +151,23 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         for name, tensor in state.items():
             own[name].copy_(tensor)
     return model.eval()
+
+
+def packed_thresholds(path: str | os.PathLike[str]) -> dict[str, tuple[float | None, float | None]]:
+    """The clipping thresholds in a packed file, as ``checkpoint_thresholds`` gives them; its network is not needed.
+
+    Raises:
+        ValueError: no such file, or no packed file.
+        MissingPackageError: safetensors.
+    """
+    tensors, index = _read(Path(path))
+    try:
+        state = tensors | _split(tensors.pop(_FLOATS), index["floats"])
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"packed file {path}: its metadata do not fit its contents ({error})") from error
+    names = [_key(layer, kind) for layer in index["layers"] for kind in ("weight_alpha", "act_alpha")]
+    found = {name: state[name] for name in names if name in state}
+    return checkpoint_thresholds(found, f"packed file {path}") if found else {}
 
 
 def _check_own_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

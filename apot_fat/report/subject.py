@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apot_fat.checkpoint import PACKED_SUFFIX, best_accuracy, num_outputs
+from apot_fat.checkpoint import PACKED_SUFFIX, best_accuracy
 from apot_fat.models import find_architecture
 from apot_fat.training.build import load_config_dataset, make_batches, sample_images
 from apot_fat.training.config import TrainConfig
@@ -30,6 +30,7 @@ class Subject:
         kind: ``run``, ``checkpoint`` or ``packed``.
         config: the run's, or for the others what is known: network, variant and bits.
         model: with the weights of the best epoch, in evaluation mode.
+        num_classes: its outputs, where they are known.
         history: one row an epoch, as in ``metrics.jsonl``; empty but for runs.
         recorded: best top-1 that the file records, %, or None.
         trained: whether ``config`` is a run's, with its recipe.
@@ -42,6 +43,7 @@ class Subject:
     kind: str
     config: TrainConfig
     model: nn.Module
+    num_classes: int | None
     history: tuple[dict[str, Any], ...]
     recorded: float | None
     trained: bool
@@ -70,12 +72,13 @@ class Images:
     result: Result | None
 
 
-def load_subjects(path: Path, group: int = 0, **given: Any) -> list[Subject]:
+def load_subjects(path: Path, group: int = 0, own: str | None = None, **given: Any) -> list[Subject]:
     """The networks at a path, from many bits to few.
 
     Args:
         path: a run folder, a folder of run folders, a checkpoint (ours or released) or a packed file.
         group: for ``Subject``.
+        own: what builds a network of one's own, see ``open_network``.
         given: ``arch``, ``bit`` and ``preset`` of a checkpoint that does not record them and does not lie in a folder
             called ``<arch>_<bit>bit``.
 
@@ -92,7 +95,7 @@ def load_subjects(path: Path, group: int = 0, **given: Any) -> list[Subject]:
         return sorted(runs, key=lambda run: (run.config.arch.count("_"), run.config.arch, -run.config.bit))
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; name a run folder, a checkpoint or a packed file")
-    return [_file(path, group, given)]
+    return [_file(path, group, own, given)]
 
 
 def load_images(subject: Subject, data: str | None, image_size: int | None) -> Images | str:
@@ -127,8 +130,8 @@ def load_images(subject: Subject, data: str | None, image_size: int | None) -> I
     batch = sample_images(config, dataset.test, device)
     if data is None:
         return Images(dataset.name, batch, None)
-    outputs = num_outputs(subject.model.state_dict(), str(subject.path))
-    if int(dataset.test.labels_N.max()) >= outputs:
+    outputs = subject.num_classes
+    if outputs is not None and int(dataset.test.labels_N.max()) >= outputs:
         raise ValueError(f"{subject.path}: has {outputs} outputs, {dataset.name} has {len(dataset.classes)} classes")
     return Images(dataset.name, batch, evaluate(subject.model, make_batches(config, dataset.test, device)))
 
@@ -162,11 +165,12 @@ def _run(folder: Path, group: int) -> Subject:
     opened = open_network(folder / BEST if (folder / BEST).is_file() else folder / LAST)
     shape = recorded_shape(content, f"checkpoint {folder / LAST}")
     made = content.get("environment", {})
-    return Subject(folder, "run", config, opened.model, tuple(content["history"]), None, True, made, shape, group)
+    history, classes = tuple(content["history"]), opened.num_classes
+    return Subject(folder, "run", config, opened.model, classes, history, None, True, made, shape, group)
 
 
-def _file(path: Path, group: int, given: dict[str, Any]) -> Subject:
-    opened = open_network(path, given)
+def _file(path: Path, group: int, own: str | None, given: dict[str, Any]) -> Subject:
+    opened = open_network(path, given, own)
     kind = "packed" if path.suffix == PACKED_SUFFIX else "checkpoint"
     content, recorded = opened.content, opened.is_recorded
     return Subject(
@@ -174,6 +178,7 @@ def _file(path: Path, group: int, given: dict[str, Any]) -> Subject:
         kind,
         opened.config,
         opened.model,
+        opened.num_classes,
         tuple(content.get("history", ())),
         None if recorded else best_accuracy(content),
         recorded,

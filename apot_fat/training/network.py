@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import runpy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from apot_fat.checkpoint import (
     read_newest,
     torchvision_weights,
 )
-from apot_fat.models import create_model, find_architecture
+from apot_fat.models import create_model, find_architecture, list_models, register
+from apot_fat.quant.layers import quant_layers
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.training.config import TrainConfig, recorded_config
 
@@ -44,7 +47,7 @@ class NetworkFile:
         where: the file, as errors call it.
         config: that of its run; of a file that records none what is known, the rest being defaults.
         model: the network.
-        num_classes: its outputs.
+        num_classes: its outputs; None of a network of one's own that ends in no linear layer.
         content: what else a checkpoint holds; empty for a packed file.
         is_recorded: whether the file records the config.
     """
@@ -52,18 +55,21 @@ class NetworkFile:
     where: str
     config: TrainConfig
     model: nn.Module
-    num_classes: int
+    num_classes: int | None
     content: dict[str, Any]
     is_recorded: bool
 
 
-def open_network(source: str | Path, given: dict[str, Any] | None = None, **assumed: Any) -> NetworkFile:
+def open_network(
+    source: str | Path, given: dict[str, Any] | None = None, own: str | None = None, **assumed: Any
+) -> NetworkFile:
     """Open a checkpoint, ours or published, a packed file, or torchvision's weights.
 
     Args:
         source: its path, or ``torchvision``.
         given: config values of the command line. ``arch``, ``bit`` and ``preset`` must be those that the file records;
             the others come over its own.
+        own: ``FILE.py:FUNCTION`` that builds a network of one's own, float, which the file's weights are for.
         assumed: config values of a checkpoint that records none, where neither ``given`` nor the name of its folder,
             ``<arch>_<bits>bit``, says them.
 
@@ -73,6 +79,8 @@ def open_network(source: str | Path, given: dict[str, Any] | None = None, **assu
     given = {name: value for name, value in (given or {}).items() if value is not None}
     if "data" in given:
         given.setdefault("test_data", None)  # the recorded one belongs to other data
+    if own is not None:
+        return _open_own(Path(source), given, own)
     if Path(source).suffix == PACKED_SUFFIX:
         return _open_packed(Path(source), given)
     if source == TORCHVISION:
@@ -102,6 +110,36 @@ def _open_packed(path: Path, given: dict[str, Any]) -> NetworkFile:
     where = f"packed file {path}"
     _check_given(where, given, config)
     return NetworkFile(where, replace(config, **given), model, made["num_classes"], {}, is_recorded=False)
+
+
+def _open_own(path: Path, given: dict[str, Any], own: str) -> NetworkFile:
+    build = _function(own)
+    name = own.rpartition(":")[2]
+    if name not in list_models():
+        register(name, "cifar10")(lambda layers, num_classes: build())
+    if path.suffix == PACKED_SUFFIX:
+        where, model, content = f"packed file {path}", load_packed(path, build()), {}
+    else:
+        where, content = f"checkpoint {path}", read_newest(path, log.warning)
+        model = load_weights(build(), content, label=where).eval()
+    bits = [layer.spec.weight_bits for _, layer in quant_layers(model)]
+    linear = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
+    config = TrainConfig.from_dict({**given, "arch": name, "bit": max(bits, default=FLOAT_BITS)}, where)
+    return NetworkFile(where, config, model, linear[-1] if linear else None, content, is_recorded=False)
+
+
+def _function(own: str) -> Callable[[], nn.Module]:
+    file, colon, name = own.rpartition(":")
+    if not colon:
+        raise ValueError(f"--model {own}: expected FILE.py:FUNCTION")
+    try:
+        found = runpy.run_path(file).get(name)
+    except Exception as error:  # the user's own code
+        raise ValueError(f"--model {own}: {file!r} does not run ({type(error).__name__}: {error})") from error
+    if not callable(found):
+        raise ValueError(f"--model {own}: no function {name} in {file}; give FILE.py:FUNCTION")
+    build: Callable[[], nn.Module] = found
+    return build
 
 
 def _check_given(where: str, given: dict[str, Any], recorded: TrainConfig) -> None:

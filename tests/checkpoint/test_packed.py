@@ -60,7 +60,7 @@ def test_a_network_of_one_s_own(tmp_path: Path) -> None:
     set_bits(model, 3)
     expected = logits(model, x)
     save_packed(model, path)
-    with pytest.raises(ValueError, match=r"not one of list_models\(\): give one"):
+    with pytest.raises(ValueError, match=r"none of list_models\(\): give one"):
         load_packed(path)
     float_network = own_network()
     loaded = load_packed(path, float_network)

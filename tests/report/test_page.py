@@ -159,7 +159,7 @@ def test_resnet56_with_all_its_stages_stays_small() -> None:
         scores: dict[str, Any] = dict.fromkeys(("train_loss", "test_loss", "train_top1", "test_top1"), 12.3456789)
         history = tuple({"epoch": e + 1, **scores, "layers": layers, "seconds": 1.0} for e in range(400))
         config = TrainConfig(arch="resnet_56", bit=bits)
-        subjects.append(Subject(Path(config.run_name), "run", config, model.eval(), history, None, True))
+        subjects.append(Subject(Path(config.run_name), "run", config, model.eval(), 10, history, None, True))
     assert len(page(build_report(subjects)).encode()) < 5_000_000
 
 
