@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apot_fat.command_line import OneLineParser, add_model_option, log, output_file, run_main
-from apot_fat.export import SUFFIXES, WRITERS
+from apot_fat.export import WRITERS
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.report.subject import usual_shape
 from apot_fat.training.build import load_config_dataset, make_batches
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_model_option(parser)
     options = parser.parse_args(argv)
-    output = output_file(options.output, SUFFIXES[options.to], options.checkpoint)
+    output = output_file(options.output, WRITERS[options.to].suffix, options.checkpoint)
     names = ("arch", "bit", "preset", "image_size", "data")
     opened = open_network(options.checkpoint, {name: getattr(options, name) for name in names}, options.model)
     if options.mode == "int8":
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     images = _images(opened.config) if options.data else None
     shape = recorded_shape(opened.content, opened.where)
     input_shape = usual_shape(opened.config, shape, options.image_size) if images is None else tuple(images.shape[1:])
-    said = WRITERS[options.to](opened.model, output, input_shape, images, options.mode)
+    said = WRITERS[options.to].write(opened.model, output, input_shape, images, options.mode)
     log.info("%s: %s", output, said)
 
 

@@ -2,12 +2,12 @@
 
 from apot_fat.export.integer import Divergence, IntegerLayer, compare_networks, integer_network, simulated_accumulator
 from apot_fat.export.onnx import OnnxReport, export_onnx
-from apot_fat.export.writers import SUFFIXES, WRITERS
+from apot_fat.export.writers import WRITERS, FileKind
 
 __all__ = [
-    "SUFFIXES",
     "WRITERS",
     "Divergence",
+    "FileKind",
     "IntegerLayer",
     "OnnxReport",
     "compare_networks",

@@ -1,9 +1,10 @@
-"""The files that ``scripts/export.py --to`` writes: a new kind is a function and its lines below."""
+"""The files that ``scripts/export.py --to`` writes: a new kind is a function here and its line in ``WRITERS``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -34,5 +35,11 @@ def write_packed(
     return f"{save_packed(model, path):,} bytes"
 
 
-SUFFIXES = {"onnx": ".onnx", "packed": PACKED_SUFFIX}
-WRITERS: dict[str, Writer] = {"onnx": write_onnx, "packed": write_packed}
+class FileKind(NamedTuple):
+    """A kind of file: the suffix that is custom, and what writes it."""
+
+    suffix: str
+    write: Writer
+
+
+WRITERS = {"onnx": FileKind(".onnx", write_onnx), "packed": FileKind(PACKED_SUFFIX, write_packed)}
