@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from apot_fat.checkpoint.files import read_checkpoint
-from apot_fat.quant.fake_quant import positive
-from apot_fat.quant.layers import quant_layers
+from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.units import threshold_in_use
 
 STATE_KEYS = ("state_dict", "model")  # under which published checkpoints keep the weights
 BEST_KEYS = ("best_prec", "best_acc1", "best_top1_acc")  # and the best accuracy, %
@@ -139,7 +139,7 @@ def checkpoint_thresholds(
         name = _our_name(published)
         for suffix in ("weight_alpha", "act_alpha"):
             if name.endswith(f".{suffix}"):
-                found.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = positive(tensor).mean().item()
+                found.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = threshold_in_use(tensor).mean().item()
     return {layer: (alphas.get("weight_alpha"), alphas.get("act_alpha")) for layer, alphas in found.items()}
 
 
