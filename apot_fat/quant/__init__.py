@@ -32,14 +32,7 @@ from apot_fat.quant.convert import (
 from apot_fat.quant.fake_quant import eight_bit_weight, quantize_activation, quantize_weight
 from apot_fat.quant.frequency import frequency_transform, weight_deactivate_freq
 from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
-from apot_fat.quant.levels import (
-    LevelSet,
-    apot_levels,
-    build_power_value,
-    level_set,
-    pot_levels,
-    uniform_levels,
-)
+from apot_fat.quant.levels import LevelSet, apot_levels, build_power_value, level_set, pot_levels, uniform_levels
 from apot_fat.quant.normalization import normalize_weight
 from apot_fat.quant.projection import project
 from apot_fat.quant.seam import get_kernels, set_kernels

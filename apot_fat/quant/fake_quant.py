@@ -149,12 +149,7 @@ def project_input(u: Tensor, levels: LevelSet, clip: InputClip) -> Tensor:
 
 
 def activation_backward(
-    grad: Tensor,
-    x_q: Tensor,
-    x: Tensor,
-    alpha: Tensor,
-    clip: InputClip,
-    alpha_gradient: ActAlphaGradient,
+    grad: Tensor, x_q: Tensor, x: Tensor, alpha: Tensor, clip: InputClip, alpha_gradient: ActAlphaGradient
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``quantize_activation``: of x, and of α before ``grad_scale``."""
     alpha_used, u = in_units(x, alpha)
@@ -162,12 +157,7 @@ def activation_backward(
 
 
 def activation_gradients(
-    grad: Tensor,
-    q: Tensor,
-    u: Tensor,
-    alpha: Tensor,
-    clip: InputClip,
-    alpha_gradient: ActAlphaGradient,
+    grad: Tensor, q: Tensor, u: Tensor, alpha: Tensor, clip: InputClip, alpha_gradient: ActAlphaGradient
 ) -> tuple[Tensor, Tensor]:
     """``activation_backward`` from the level and the value, both in units of α; u may be overwritten."""
     above = u > 1

@@ -185,13 +185,13 @@ class _QuantLayer(seam.MemoryLayer):
         if self.weight_alpha is not None or self.act_alpha is not None:
             print(threshold_line(*self.clipping_thresholds()))
 
-    def _describe(self) -> str:
-        spec = self.spec
-        relu = "relu, " if self.relu else ""
+    def extra_repr(self) -> str:
+        """The plain layer's description and the quantizers'."""
+        spec, plain = self.spec, super().extra_repr() + (", relu" if self.relu else "")
         if spec.weight_bits == spec.act_bits == FLOAT_BITS:
-            return f"{relu}float"
+            return f"{plain}, float"
         fat = ", fat" if spec.transform else ""
-        return f"{relu}weight={spec.weight_levels}/{spec.weight_bits}, input={spec.act_levels}/{spec.act_bits}{fat}"
+        return f"{plain}, weight={spec.weight_levels}/{spec.weight_bits}, input={spec.act_levels}/{spec.act_bits}{fat}"
 
 
 class QuantConv2d(_QuantLayer, nn.Conv2d):
@@ -254,10 +254,6 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
             return y
         return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
-    def extra_repr(self) -> str:
-        """The convolution's description and the quantizers'."""
-        return f"{super().extra_repr()}, {self._describe()}"
-
 
 class QuantLinear(_QuantLayer, nn.Linear):
     """Linear layer of a quantized input with a quantized weight.
@@ -289,10 +285,6 @@ class QuantLinear(_QuantLayer, nn.Linear):
         """y = x_q w_qᵀ + bias."""
         y = seam.speed.output(self, input)
         return y if y is not None else F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
-
-    def extra_repr(self) -> str:
-        """The linear layer's description and the quantizers'."""
-        return f"{super().extra_repr()}, {self._describe()}"
 
 
 class _EightBitLayer(seam.MemoryLayer):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from apot_fat.quant import projection
-from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.spec import KernelChoice
 from apot_fat.quant.units import along_rows
 
@@ -33,7 +32,7 @@ class Plain:
         *settings: Any,
         into: Tensor | torch.dtype | None = None,
     ) -> tuple[Tensor, ...]:
-        """Call a pointwise function.
+        """The results of a pointwise function, always as a tuple.
 
         Args:
             function: (tensors, scalars, settings) → tensors of the shape of the tensors, and 0-d ones. No gradient.
@@ -42,17 +41,12 @@ class Plain:
             settings: hashable constants.
             into: where the first result may be written: ``tensors[0]``; or, given its type, memory of this thread that
                 the next such call overwrites.
-
-        Returns:
-            The results, always as a tuple.
         """
         results = function(*tensors, *(along_rows(scalar, tensors[-1].dim()) for scalar in scalars), *settings)
         return results if isinstance(results, tuple) else (results,)
 
-    @staticmethod
-    def project(u: Tensor, levels: LevelSet) -> Tensor:
-        """``projection.project``; u may be overwritten."""
-        return projection.project(u, levels)
+    project = staticmethod(projection.project)
+    """With a u that may be overwritten."""
 
     @staticmethod
     def weight(layer: MemoryLayer, compute: Callable[[], Tensor]) -> Tensor:

@@ -125,14 +125,9 @@ class _QuantizedProduct(torch.autograd.Function):
                 call = activation_backward_from_codes, (grad_x_q, codes, x), (alpha,), *act[:3]
             grad_x, grad_alpha = pointwise(*call, into=grad_x_q)
             grad_alpha = scaled(grad_alpha, act.grad_scale)
-        return (
-            grad_x,
-            grad_alpha,
-            None if grad_w is None else grad_w.to(w_q.dtype),
-            None if grad_bias is None else grad_bias.to(ctx.bias_type),
-            None,
-            None,
-        )
+        grad_w = None if grad_w is None else grad_w.to(w_q.dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(ctx.bias_type)
+        return grad_x, grad_alpha, grad_w, grad_bias, None, None
 
 
 def _product(x_q: Tensor, w_q: Tensor, bias: Tensor | None, conv: ConvSettings | None) -> Tensor:
