@@ -19,6 +19,7 @@ from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.folder import BEST
 from apot_fat.training.loop import Result, evaluate
+from apot_fat.training.recorded import recorded_config
 
 PUBLISHED_ARCH = "res20"  # what the published evaluation line leaves out
 
@@ -77,15 +78,11 @@ def evaluate_request(request: Request) -> Result:
 
 def _read_checkpoint(path: Path, request: Request) -> tuple[TrainConfig, int, nn.Module]:
     content = read_checkpoint(path)
-    recorded = content.get("config")
-    if isinstance(recorded, dict):
-        kept = {**recorded, **request.given}
-        if (
-            "arch" in request.given
-            and find_architecture(request.given["arch"]).name != find_architecture(recorded["arch"]).name
-        ):
-            raise ValueError(f"checkpoint {path}: holds {recorded['arch']}, not {request.given['arch']}")
-        config = TrainConfig.from_dict(kept, f"checkpoint {path}")
+    recorded = recorded_config(content, f"checkpoint {path}")
+    if recorded is not None:
+        config = TrainConfig.from_dict({**recorded.to_dict(), **request.given}, f"checkpoint {path}")
+        if find_architecture(config.arch).name != find_architecture(recorded.arch).name:
+            raise ValueError(f"checkpoint {path}: holds {recorded.arch}, not {config.arch}")
     else:
         if "bit" not in request.given:
             raise ValueError(f"checkpoint {path}: does not record its bit-width; give --bit")

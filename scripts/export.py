@@ -14,6 +14,7 @@ from apot_fat.report.subject import usual_shape
 from apot_fat.training.build import create_network, load_config_dataset, make_batches
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.folder import recorded_shape
+from apot_fat.training.recorded import recorded_config
 
 VERIFY_IMAGES = 100
 
@@ -36,17 +37,17 @@ def main(argv: list[str] | None = None) -> None:
     content = read_checkpoint(options.checkpoint)
     names = ("arch", "bit", "preset", "image_size", "data")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    recorded = content.get("config")
-    if not isinstance(recorded, dict):
+    recorded = recorded_config(content, f"checkpoint {options.checkpoint}")
+    if recorded is None:
         missing = [f"--{name}" for name in ("arch", "bit") if name not in given]
         if missing:
             raise ValueError(
                 f"checkpoint {options.checkpoint}: does not record its network; give {' and '.join(missing)}"
             )
-        recorded = {}
     if "data" in given:
         given["test_data"] = None  # the recorded one belongs to other data
-    config = TrainConfig.from_dict({**recorded, **given}, f"checkpoint {options.checkpoint}")
+    values = recorded.to_dict() if recorded else {}
+    config = TrainConfig.from_dict({**values, **given}, f"checkpoint {options.checkpoint}")
     classes = num_outputs(content, f"checkpoint {options.checkpoint}")
     model = load_weights(create_network(config, classes), content).eval()
     images = _images(config) if "data" in given else None

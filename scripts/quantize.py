@@ -27,6 +27,7 @@ from apot_fat.training.build import create_network, load_config_dataset, make_ba
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.loop import Result, evaluate
+from apot_fat.training.recorded import recorded_config
 
 RUN_OPTIONS = ("arch", "data", "test_data", "image_size", "device", "seed")
 
@@ -111,26 +112,24 @@ def main(argv: list[str] | None = None) -> None:
 
 def _float_network(init: str, given: dict[str, Any]) -> tuple[TrainConfig, nn.Module]:
     """The network of a checkpoint, and how its images are made."""
-    recorded: Any = None
     if init == TORCHVISION:
         if "arch" not in given:
             raise ValueError(f"--init {TORCHVISION}: name the network with --arch")
         content: Any = {"state_dict": torchvision_weights(given["arch"])}
     else:
         content = read_checkpoint(init)
-        recorded = content.get("config")
-    if isinstance(recorded, dict):
-        if recorded.get("bit") != FLOAT_BITS:
-            raise ValueError(
-                f"checkpoint {init}: holds a network of {recorded.get('bit')} bits; give the full-precision one"
-            )
+    recorded = recorded_config(content, f"checkpoint {init}")
+    if recorded is not None:
+        if recorded.bit != FLOAT_BITS:
+            raise ValueError(f"checkpoint {init}: holds a network of {recorded.bit} bits; give the full-precision one")
+        values = recorded.to_dict()
         if "data" in given:
-            recorded = {**recorded, "test_data": None}
+            values["test_data"] = None
     elif "arch" not in given:
         raise ValueError(f"checkpoint {init}: does not record its network; give --arch")
     else:
-        recorded = {"bit": FLOAT_BITS, "data": find_architecture(given["arch"]).dataset}
-    config = TrainConfig.from_dict({**recorded, **given}, f"checkpoint {init}")
+        values = {"bit": FLOAT_BITS, "data": find_architecture(given["arch"]).dataset}
+    config = TrainConfig.from_dict({**values, **given}, f"checkpoint {init}")
     model = create_network(config, num_outputs(content, f"checkpoint {init}"))
     return config, load_weights(model, content).eval()
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from apot_fat.checkpoint.files import atomic_write
+from apot_fat.checkpoint.weights import check_values
 from apot_fat.models import create_model
 from apot_fat.optional import needed_for
 from apot_fat.quant.convert import convert_layer, fold_weight
@@ -129,6 +130,11 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
             for name, entry in index["layers"].items()
         }
         network = index["network"]
+        for name, tensor in state.items():
+            check_values(name, tensor, "the file")
+        for name, plan in plans.items():
+            if plan.weight is not None:
+                check_values(_key(name, "weight"), plan.weight, "the file")
     except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError, ValueError) as error:
         raise ValueError(f"packed file {path}: its metadata do not fit its contents ({error})") from error
     if model is None:

@@ -31,6 +31,7 @@ from apot_fat.training.build import (
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.folder import BEST, LAST, best_index, read_run, recorded_shape, run_config
 from apot_fat.training.loop import Result, evaluate
+from apot_fat.training.recorded import recorded_config
 
 IMAGE_SIZES = {"cifar10": 32, "imagenet": 224}  # pixels, of the data sets of the papers
 _RUN_FOLDER = re.compile(r"(?P<arch>.+)_(?P<bits>\d+)bit")
@@ -184,8 +185,7 @@ def _run(folder: Path, group: int) -> Subject:
 def _checkpoint(path: Path, group: int, given: dict[str, Any]) -> Subject:
     content = read_checkpoint(path)
     given = {name: value for name, value in given.items() if value is not None}
-    recorded = content.get("config")
-    if isinstance(recorded, dict):
+    if recorded_config(content, f"checkpoint {path}") is not None:
         config = run_config(content, path)
         for name, value in given.items():
             if getattr(config, name) != value:

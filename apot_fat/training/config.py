@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
+from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import cache
 from typing import Any, Union
@@ -71,7 +72,7 @@ class TrainConfig:
         low=0,
         high=256,
     )
-    on_damaged: str = _option("error", "what to do about an unreadable streamed image", choices=ON_DAMAGED)
+    on_damaged: str = _option("error", "what to do about an unreadable image of a folder", choices=ON_DAMAGED)
     crop_padding: int = _option(4, "random crop after zero padding, pixels a side", low=0, high=64)
     flip: bool = _option(True, "mirror half of the training images")
 
@@ -262,7 +263,8 @@ _TYPE_NAMES = {int: "integer", float: "number", str: "string", bool: "true-or-fa
 def _checked_item(option: Field[Any], name: str, element: type, value: Any) -> Any:
     limits = option.metadata
     if element is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        with suppress(OverflowError):  # refused below, as what it is
+            value = float(value)
     wanted = _requirement(element, limits)
     if not isinstance(value, element) or (isinstance(value, bool) and element is not bool):
         raise ValueError(f"{name} {value!r}: {wanted}")

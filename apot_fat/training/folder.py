@@ -21,6 +21,7 @@ from apot_fat.training.distributed import Processes, gather_objects, largest_ove
 from apot_fat.training.interruption import InterruptedRunError, SignalWatch
 from apot_fat.training.loop import Position
 from apot_fat.training.readback import CHECK_EVERY, LateRead
+from apot_fat.training.recorded import recorded_config, recorded_history
 from apot_fat.training.state import TrainState, rng_state
 
 LAST, BEST, METRICS, CONFIG = "checkpoint.pth.tar", "model_best.pth.tar", "metrics.jsonl", "config.toml"
@@ -105,14 +106,16 @@ def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
 
 
 def run_config(content: dict[str, Any], path: Path) -> TrainConfig:
-    """The config inside one of our checkpoints.
+    """The config inside one of our checkpoints, whose history is then known to be a run's too.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: it holds none, or they are not a run's.
     """
-    if not isinstance(content.get("config"), dict) or not isinstance(content.get("history"), list):
+    config = recorded_config(content, f"checkpoint {path}")
+    recorded_history(content, f"checkpoint {path}")
+    if config is None:
         raise ValueError(f"checkpoint {path}: not written by a training run of apot-fat")
-    return TrainConfig.from_dict(content["config"], f"checkpoint {path}")
+    return config
 
 
 def recorded_shape(content: dict[str, Any], where: str) -> tuple[int, int, int] | None:

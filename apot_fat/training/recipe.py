@@ -6,9 +6,10 @@ import os
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from apot_fat.models import find_architecture
+from apot_fat.plain import DEEPEST, plain
 from apot_fat.quant.spec import check_bits, nearest
 from apot_fat.training.config import TrainConfig
 
@@ -82,16 +83,19 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of a TOML file.
 
     Raises:
-        ValueError: no such file, no text, or no TOML.
+        ValueError: no such file, no text, no TOML, or values nested deeper than any config's (``plain``).
     """
     if not Path(path).is_file():
         raise ValueError(f"config {path}: no such file")
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path}: not readable as text") from error
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError as error:
+        raise ValueError(f"config {path}: nested more than {DEEPEST} levels deep") from error
+    except ValueError as error:  # no TOML, or an integer of thousands of digits
         raise ValueError(f"config {path}: not TOML ({error})") from error
+    return cast(dict[str, Any], plain(content, f"config {path}"))
 
 
 def find_recipe(data: str, arch: str, preset: str, name: str = PUBLISHED) -> Recipe | None:

@@ -18,6 +18,7 @@ from apot_fat.quant.thresholds import initialize_thresholds
 from apot_fat.training.build import create_network, unlabelled_images
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.loop import autocast
+from apot_fat.training.recorded import recorded_config
 
 log = logging.getLogger("apot_fat")
 
@@ -63,10 +64,9 @@ def _network_of_init(config: TrainConfig, num_classes: int) -> nn.Module:
         content: Any = {"state_dict": torchvision_weights(config.arch)}
     else:
         content = read_newest(str(config.init), log.warning)
-    recorded = content.get("config")
+    theirs = recorded_config(content, f"checkpoint {config.init}")
     bits, made = FLOAT_BITS, config
-    if isinstance(recorded, dict):
-        theirs = TrainConfig.from_dict(recorded, f"checkpoint {config.init}")
+    if theirs is not None:
         if theirs.normalization() != config.normalization():
             raise ValueError(
                 f"reconstruct {config.reconstruct}: the images of {config.init} are normalised by other means and "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from apot_fat.checkpoint import TORCHVISION, load_weights, num_outputs, read_newest, torchvision_weights
 from apot_fat.models import create_model
 from apot_fat.training.config import FP32_TEACHER, TrainConfig
+from apot_fat.training.recorded import recorded_config
 
 log = logging.getLogger("apot_fat")
 
@@ -49,9 +50,9 @@ def load_teacher(config: TrainConfig, source: str, num_classes: int, device: tor
         content = {"state_dict": torchvision_weights(config.arch)}
     else:
         content = read_newest(source, log.warning)
-        if isinstance(content.get("config"), dict):
-            taught = TrainConfig.from_dict(content["config"], f"teacher {source}")
-            bits = taught.bit
+        recorded = recorded_config(content, f"teacher {source}")
+        if recorded is not None:
+            taught, bits = recorded, recorded.bit
     if (outputs := num_outputs(content, f"teacher {source}")) != num_classes:
         raise ValueError(f"teacher {source}: has {outputs} outputs, the data {num_classes} classes")
     options = {"weight_per_channel": True} if taught.weight_per_channel else {}
