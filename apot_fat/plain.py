@@ -1,4 +1,4 @@
-"""What is read from a file, made plain before anything looks at it: no surprise is left in its nesting or its tensors."""
+"""What is read from a file, made plain before anything looks at it: no surprise is left in its nesting or tensors."""
 
 from __future__ import annotations
 

@@ -41,13 +41,18 @@ def recorded_history(content: Mapping[str, Any], where: str) -> list[dict[str, A
     if not isinstance(history, list):
         raise ValueError(f"{where}: not written by a training run of apot-fat")
     for epoch, row in enumerate(history, 1):
-        if not isinstance(row, dict) or row.get("epoch") != epoch or not _is_row(row) or row.keys() != history[0].keys():
+        if (
+            not isinstance(row, dict)
+            or row.get("epoch") != epoch
+            or not _is_row(row)
+            or row.keys() != history[0].keys()
+        ):
             raise ValueError(f"{where}: row {epoch} of its history is not that of an epoch; the file is damaged")
     return history
 
 
 def _is_row(row: dict[str, Any]) -> bool:
-    scores = [row.get("test_top1"), row.get("seconds")]
+    scores = [row.get(name) for name in ("epoch", "test_top1", "seconds")]
     scores += [value for name, value in row.items() if _is_text(name) and name.endswith(("_loss", "_top1"))]
     layers = row.get("layers")
     return isinstance(layers, dict) and all(map(_is_layer, layers.values())) and all(map(_is_number, scores))

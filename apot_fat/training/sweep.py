@@ -25,7 +25,7 @@ from apot_fat.training.run import train
 
 log = logging.getLogger("apot_fat")
 
-_DATA_FIELDS = ("data", "test_data", "data_root", "image_size", "val_split", "loader")
+_DATA_FIELDS = ("data", "test_data", "data_root", "image_size", "val_split", "loader", "on_damaged")
 _GRID = ("methods", "seeds", "chain", "baseline")
 
 
