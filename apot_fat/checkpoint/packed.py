@@ -143,7 +143,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         try:
             with torch.device("meta"):  # nothing is allocated before it is known to fit
                 _check_fit(path, create_model(**network), plans, state)
-        except TypeError as error:
+        except (TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise ValueError(f"packed file {path}: its metadata are damaged") from error
         model = create_model(**network)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from apot_fat.training.config import TrainConfig
 
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
 PUBLISHED = "published"
+_DEEP_KEY = re.compile(rf"(?<![^\s.=,])(?:[^\s.=,]++\s*+\.\s*+){{{DEEPEST}}}")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     single = content.pop("bit", None)
     if not isinstance(chain, list) or not chain:
         raise ValueError(f"config {path}: chain {chain!r}: expected a list of bit-widths, such as [32, 4, 3, 2]")
-    for bits in chain:
+    for bits in chain if single is None else [*chain, single]:
         check_bits(bits, f"config {path}: chain")
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
         raise ValueError(f"config {path}: bits: expected tables such as [bits.4]")
@@ -85,10 +87,13 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: no such file, no text, no TOML, or values nested deeper than any config's (``plain``).
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"config {path}: no such file")
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        if _DEEP_KEY.search(text):  # tomllib's time grows with the square of the depth
+            raise RecursionError
+        content = tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path}: not readable as text") from error
     except RecursionError as error:
@@ -111,4 +116,4 @@ def find_recipe(data: str, arch: str, preset: str, name: str = PUBLISHED) -> Rec
     method = preset.replace("-cifar", "").replace("-imagenet", "")
     suffix = "" if name == PUBLISHED else f"_{name}"
     path = CONFIG_ROOT / folder / f"{architecture.name.replace('_', '')}_{method}{suffix}.toml"
-    return read_recipe(path) if path.is_file() else None
+    return read_recipe(path) if os.path.isfile(path) else None  # False for a name that is too long, too

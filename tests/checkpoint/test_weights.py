@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +77,8 @@ def test_misfits_name_what_is_wrong_and_change_nothing() -> None:
         load_weights(model, create_model("res20", bits=32).state_dict())
     with pytest.raises(ValueError, match="does not fit this CifarResNet"):
         load_weights(model, create_model("res32", bits=3).state_dict())
-    for none in ({"epoch": 3}, {1: torch.ones(2)}, {"state_dict": {0: state["fc.bias"]}}, {"state_dict": [1]}):
+    nothing: list[Any] = [{"epoch": 3}, {1: torch.ones(2)}, {"state_dict": {0: torch.ones(2)}}, {"state_dict": [1]}]
+    for none in nothing:
         with pytest.raises(ValueError, match="holds no state dict"):
             load_weights(model, none)
     for odd in (torch.eye(2).to_sparse(), torch.empty(10, device="meta")):
