@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import count
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ DEEPEST = 100
 """Levels of nesting that are read: far more than any file of ours or published has."""
 MOST_VALUES = 10_000_000
 """Values that are read, a tensor counted as one: lists that hold one another many times stand for more than memory."""
+_LEAVES = frozenset({str, int, float, bool, bytes, type(None)})
 
 
 def plain(content: Any, where: str) -> Any:
@@ -26,7 +25,7 @@ def plain(content: Any, where: str) -> Any:
         ValueError: more than ``DEEPEST`` levels or ``MOST_VALUES`` values, or a tensor that does not hold each of its
             values in memory; names the place.
     """
-    return _plain(content, (where,), count(1))
+    return _Copier().copy(content, (where,))
 
 
 def missing_values(tensor: Tensor) -> str | None:
@@ -43,22 +42,29 @@ def is_expanded(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
 
 
-def _plain(value: Any, place: tuple[Any, ...], counter: Iterator[int]) -> Any:
-    if next(counter) > MOST_VALUES:
-        raise ValueError(f"{place[0]}: holds more than {MOST_VALUES:,} values; the file is damaged, take another")
-    if isinstance(value, Tensor):
-        return _plain_tensor(value, place)
-    if not isinstance(value, dict | list | set) and type(value) is not tuple:
-        return value
-    if len(place) > DEEPEST:
-        raise ValueError(f"{place[0]}: nested more than {DEEPEST} levels deep; the file is damaged, take another")
-    if isinstance(value, dict):
-        items = dict.items(value)  # an instance may have attributes in place of its methods
-        return {_plain(key, (*place, "key"), counter): _plain(item, (*place, key), counter) for key, item in items}
-    if isinstance(value, set):
-        return {_plain(item, place, counter) for item in value}
-    copied = [_plain(item, (*place, index), counter) for index, item in enumerate(value)]
-    return copied if isinstance(value, list) else tuple(copied)
+class _Copier:
+    def __init__(self) -> None:
+        self.values = 0
+
+    def copy(self, value: Any, place: tuple[Any, ...]) -> Any:
+        if type(value) in _LEAVES:
+            return value
+        if isinstance(value, Tensor):
+            return _plain_tensor(value, place)
+        if not isinstance(value, dict | list | set) and type(value) is not tuple:
+            return value
+        self.values += len(value)
+        if self.values > MOST_VALUES:
+            raise ValueError(f"{place[0]}: holds more than {MOST_VALUES:,} values; the file is damaged, take another")
+        if len(place) > DEEPEST:
+            raise ValueError(f"{place[0]}: nested more than {DEEPEST} levels deep; the file is damaged, take another")
+        if isinstance(value, dict):
+            items = dict.items(value)  # an instance may have attributes in place of its methods
+            return {self.copy(key, (*place, "key")): self.copy(item, (*place, key)) for key, item in items}
+        if isinstance(value, set):
+            return {self.copy(item, (*place, "item")) for item in value}
+        copied = [self.copy(item, (*place, index)) for index, item in enumerate(value)]
+        return copied if isinstance(value, list) else tuple(copied)
 
 
 def _plain_tensor(tensor: Tensor, place: tuple[Any, ...]) -> Tensor:

@@ -233,7 +233,7 @@ def tensor(data: bytes, draw: random.Random) -> bytes:
     header, held = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]]), load(data)
     name = draw.choice([*held, "float32"])
     own = held[name]
-    changed = [own * 0 + 255, own * -1, own.flatten()[:-1], own.double() * NAN, own * INF, own[None], torch.empty(0)]
+    changed = [own * 0 + 255, own * -1, own.flatten()[:-1], own.double() * NAN, own * INF, own[None], own * 1j]
     held[name] = draw.choice(changed)
     return save({name: value.contiguous() for name, value in held.items()}, header["__metadata__"])
 

@@ -27,9 +27,9 @@ _RENAMES = (
 )
 _UNUSED_TRANSFORM = re.compile(r"\.transform\.weight$")  # stored, never used, by FAT's first and last layers
 _QUANTIZER = re.compile(r"\.(weight_alpha|act_alpha|transform)$")
-_THRESHOLD = re.compile(r"(^|\.)(weight_alpha|act_alpha)$")
-_REAL = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8})
-_REAL |= {torch.int8, torch.int16, torch.int32, torch.int64}
+_THRESHOLD = re.compile(r"(weight_alpha|wgt_alpha|act_alpha)$")
+_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+_REAL = _FLOATS | {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _INITIAL_VALUES = 2  # of a kind of threshold in one network: FAT's MobileNetV2 holds layers of two variants
 
 
@@ -88,6 +88,7 @@ def load_weights(
         )
     used = {name: tensor for name, tensor in own.items() if name in state}
     for name, tensor in used.items():
+        check_type(name, state[name], tensor.dtype, label)
         check_values(name, state[name].to(tensor.dtype) if tensor.is_floating_point() else state[name], label)
     with torch.no_grad():
         for name, tensor in used.items():
@@ -106,7 +107,7 @@ def state_dict_of(content: Mapping[str, Any], label: str = "checkpoint") -> dict
     """The state dict inside a checkpoint's content.
 
     Raises:
-        ValueError: there is none, or an entry is no tensor of real numbers by its name.
+        ValueError: there is none, or an entry is no tensor by its name that holds its values.
     """
     for key in STATE_KEYS:
         if isinstance(content.get(key), Mapping):
@@ -115,10 +116,17 @@ def state_dict_of(content: Mapping[str, Any], label: str = "checkpoint") -> dict
     if not content or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         raise ValueError(f"{label} holds no state dict: expected tensors by name, as such or under {STATE_KEYS}")
     for name, tensor in content.items():
-        what = missing_values(tensor) or (None if tensor.dtype in _REAL else f"of {tensor.dtype}")
-        if what is not None:
-            raise ValueError(f"{label}: {name} is a tensor {what}; expected real numbers, each in memory")
+        if (what := missing_values(tensor)) is not None:
+            raise ValueError(
+                f"{label}: {name} is a tensor {what}; expected one that holds each of its values in memory"
+            )
     return dict(content)
+
+
+def check_type(name: str, values: Tensor, expected: torch.dtype, label: str) -> None:
+    """Raise ``ValueError`` unless values are of the expected type or real numbers, which become it."""
+    if values.dtype != expected and values.dtype not in _REAL:
+        raise ValueError(f"{label}: {name} holds values of {values.dtype}, expected real numbers or {expected}")
 
 
 def check_values(name: str, values: Tensor, label: str) -> None:
@@ -129,21 +137,22 @@ def check_values(name: str, values: Tensor, label: str) -> None:
 
     Args:
         name: of a parameter or buffer.
-        values: real numbers.
+        values: of any type; those of integers and of rare types are not looked at.
         label: what errors call the file.
 
     Raises:
         ValueError: NaN or infinite, or a batch norm's variance below 0.
     """
-    if not values.is_floating_point() or not values.numel():
+    if values.dtype not in _FLOATS or not values.numel():
         return
     low, high = torch.stack(values.aminmax()).tolist()
-    lowest = 0.0 if name.endswith("running_var") else -math.inf
-    if lowest <= low and math.isfinite(low) and math.isfinite(high):
+    is_variance = name.endswith("running_var")
+    if math.isfinite(low) and math.isfinite(high) and (low >= 0 or not is_variance):
         return
-    wrong = high if math.isfinite(low) and lowest <= low else low
-    kind = "a threshold is" if _THRESHOLD.search(name) else "a variance is at least 0 and" if lowest == 0 else "it is"
-    raise ValueError(f"{label}: {name} holds {wrong}, {kind} finite; the file is damaged or its training diverged")
+    wrong = low if math.isfinite(high) else high
+    kind = "variances" if is_variance else "thresholds" if _THRESHOLD.search(name) else "weights and means"
+    allowed = "finite and at least 0" if is_variance else "finite"
+    raise ValueError(f"{label}: {name} holds {wrong}, {kind} are {allowed}; it is damaged or its training diverged")
 
 
 def checkpoint_thresholds(
@@ -163,7 +172,8 @@ def checkpoint_thresholds(
         name = _our_name(published)
         for suffix in ("weight_alpha", "act_alpha"):
             if name.endswith(f".{suffix}"):
-                check_values(name, tensor, label)
+                check_type(published, tensor, torch.float32, label)
+                check_values(published, tensor, label)
                 mean = positive(tensor).mean(dtype=torch.promote_types(tensor.dtype, torch.float32)).item()
                 found.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = mean
     return {layer: (alphas.get("weight_alpha"), alphas.get("act_alpha")) for layer, alphas in found.items()}
@@ -219,6 +229,8 @@ def _unused_quantizers(state: Mapping[str, Tensor], model: nn.Module) -> list[st
         return []
     layers = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     found = [name for name in state if _QUANTIZER.search(name) and name.rpartition(".")[0] in layers]
+    if any(state[name].dtype not in _REAL for name in found):
+        return []
     for kind in ("weight_alpha", "act_alpha"):
         values = torch.cat([torch.empty(0), *(state[name].flatten().cpu() for name in found if name.endswith(kind))])
         if len(values.unique()) > _INITIAL_VALUES:

@@ -195,9 +195,9 @@ def test_bad_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("layer1.0.conv1.act_alpha", float("nan"), "holds nan, a threshold is finite"),
-        ("layer1.0.conv2.weight_alpha", float("inf"), "holds inf, a threshold is finite"),
-        ("bn1.running_var", -1.0, "holds -1.0, a variance is at least 0"),
+        ("layer1.0.conv1.act_alpha", float("nan"), "holds nan, thresholds are finite"),
+        ("layer1.0.conv2.weight_alpha", float("inf"), "holds inf, thresholds are finite"),
+        ("bn1.running_var", -1.0, "holds -1.0, variances are finite and at least 0"),
         ("fc.bias", float("inf"), "holds inf"),
     ],
 )

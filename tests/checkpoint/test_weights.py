@@ -82,7 +82,7 @@ def test_misfits_name_what_is_wrong_and_change_nothing() -> None:
         with pytest.raises(ValueError, match="holds no state dict"):
             load_weights(model, none)
     for odd in (torch.eye(2).to_sparse(), torch.empty(10, device="meta")):
-        with pytest.raises(ValueError, match=r"fc\.bias is a tensor .*; expected real numbers, each in memory"):
+        with pytest.raises(ValueError, match=r"fc\.bias is a tensor .*; expected one that holds each"):
             load_weights(model, {**state, "fc.bias": odd})
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], atol=0, rtol=0)
@@ -140,15 +140,15 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("layer1.0.conv1.weight_alpha", NAN, "holds nan, a threshold is finite"),
-        ("layer1.0.conv1.act_alpha", -INF, "holds -inf, a threshold is finite"),
-        ("layer1.0.conv2.weight", INF, "holds inf, it is finite"),
-        ("fc.bias", 1e39, "holds inf, it is finite"),  # beyond the float32 of the network
-        ("bn1.running_mean", NAN, "holds nan, it is finite"),
-        ("bn1.running_var", -0.5, "holds -0.5, a variance is at least 0 and finite"),
-        ("bn1.running_var", INF, "holds inf, a variance is at least 0 and finite"),
-        ("bn1.num_batches_tracked", 1 + 1j, "is a tensor of torch.complex64"),
-        ("layer1.0.conv1.act_alpha", 1 + 0j, "is a tensor of torch.complex64"),
+        ("layer1.0.conv1.weight_alpha", NAN, "holds nan, thresholds are finite"),
+        ("layer1.0.conv1.act_alpha", -INF, "holds -inf, thresholds are finite"),
+        ("layer1.0.conv2.weight", INF, "holds inf, weights and means are finite"),
+        ("fc.bias", 1e39, "holds inf, weights and means are finite"),  # beyond the float32 of the network
+        ("bn1.running_mean", NAN, "holds nan, weights and means are finite"),
+        ("bn1.running_var", -0.5, "holds -0.5, variances are finite and at least 0"),
+        ("bn1.running_var", INF, "holds inf, variances are finite and at least 0"),
+        ("bn1.num_batches_tracked", 1 + 1j, "holds values of torch.complex64, expected real numbers"),
+        ("layer1.0.conv1.act_alpha", 1 + 0j, "holds values of torch.complex64, expected real numbers"),
     ],
 )
 def test_values_that_no_network_has_are_refused(name: str, value: complex, message: str) -> None:
@@ -175,6 +175,13 @@ def test_thresholds_at_or_below_zero_load_and_are_used_as_the_floor() -> None:
     assert model.get_parameter("layer1.0.conv1.act_alpha").item() == -0.25
     shown = checkpoint_thresholds(state)["layer1.0.conv1"]
     assert shown == pytest.approx((ALPHA_FLOOR, ALPHA_FLOOR))
+
+
+def test_complex_buffers_of_a_network_of_one_s_own_load() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("rotations", torch.tensor([1 + 2j, NAN]))
+    state = {**model.state_dict(), "rotations": torch.tensor([1j, 2j])}
+    assert load_weights(model, state).get_buffer("rotations")[1] == 2j
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32])
