@@ -10,7 +10,8 @@ import torch
 from apot_fat.checkpoint import fetch_released
 from apot_fat.command_line import Request, add_model_option, log
 from apot_fat.quant.all_layers import show_params
-from apot_fat.training.build import load_config_dataset, make_batches
+from apot_fat.quant.diagnosis import odd_layers
+from apot_fat.training.build import load_config_dataset, make_batches, sample_images
 from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
@@ -63,6 +64,8 @@ def evaluate_request(request: Request) -> Result:
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
+    for sentence in odd_layers(model, sample_images(config, dataset.test, device)):
+        log.warning("%s", sentence)
     mode = request.given.get("compile", "auto")  # not as it was trained: one pass does not earn back a whole graph
     network = model if mode == "auto" else compile_network(model, mode, device)
     result = evaluate(

@@ -127,6 +127,8 @@ def find_architecture(name: str) -> Architecture:
     Raises:
         ValueError: an unknown name, with the nearest known one.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"architecture {name!r}: expected its name")
     by_key = {_key(spelling): arch for arch in _REGISTRY.values() for spelling in (arch.name, *arch.spellings)}
     key = _key(name)
     if key not in by_key:

@@ -7,15 +7,19 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from apot_fat.plain import is_expanded, plain
 
 _CHECKSUM = "checksum"
 
@@ -31,25 +35,25 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: no such file, a file that is no checkpoint or is damaged, or one that holds more than tensors and
-            plain values.
+            plain values (``plain``).
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {path}: no such file")
     try:
+        _check_unpacked_size(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about files that are refused below anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+    except Exception as error:  # damaged bytes make the unpickler call anything with anything
+        if isinstance(error, pickle.UnpicklingError) and re.search("Unsupported (global|class)", str(error)):
             raise ValueError(
                 f"checkpoint {path}: holds Python objects besides tensors and plain values, which are never loaded"
             ) from error
         raise ValueError(f"checkpoint {path}: not a PyTorch checkpoint, or damaged") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise ValueError(f"checkpoint {path}: not a PyTorch checkpoint, or damaged") from error
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint {path}: holds a {type(content).__name__}, a dict is expected")
+    content = plain(content, f"checkpoint {path}")
     written = content.pop(_CHECKSUM, None)
     if written is not None and written != checksum(content):
         raise ValueError(f"checkpoint {path}: damaged, its contents do not have their checksum")
@@ -121,14 +125,32 @@ def checksum(content: Any) -> str:
 
 
 def file_checksum(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes: 64 hexadecimal digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file's bytes: 64 hexadecimal digits.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _check_unpacked_size(path: Path) -> None:
+    # torch.save stores its records as they are: those that unpack to more than the file were made to fill the memory
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return
+    with zipfile.ZipFile(path) as archive:
+        if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+            raise ValueError("compressed records")
 
 
 def _on_cpu(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value if value.device.type == "cpu" else value.detach().cpu()
+        value = value if value.device.type == "cpu" else value.detach().cpu()
+        return value.clone() if is_expanded(value) else value
     if isinstance(value, dict):
         moved = copy.copy(value)  # a state dict remembers the versions of its modules
         moved.update((key, _on_cpu(item)) for key, item in value.items())

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from apot_fat.checkpoint.files import atomic_write
-from apot_fat.checkpoint.weights import checkpoint_thresholds
+from apot_fat.checkpoint.weights import check_type, check_values, checkpoint_thresholds
 from apot_fat.models import create_model
 from apot_fat.optional import needed_for
 from apot_fat.quant.convert import convert_layer, fold_weight
@@ -131,6 +131,9 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         network = index["network"]
     except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError, ValueError) as error:
         raise ValueError(f"packed file {path}: its metadata do not fit its contents ({error})") from error
+    weights = {keys[name]: plan.weight for name, plan in plans.items() if plan.weight is not None}
+    for name, tensor in (state | weights).items():
+        check_values(name, tensor, f"packed file {path}")
     if model is None:
         if not isinstance(network, Mapping):
             raise ValueError(
@@ -139,7 +142,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         try:
             with torch.device("meta"):  # nothing is allocated before it is known to fit
                 _check_fit(path, create_model(**network), plans, state)
-        except TypeError as error:
+        except (TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise ValueError(f"packed file {path}: its metadata are damaged") from error
         model = create_model(**network)
     else:
@@ -224,7 +227,7 @@ def _unpack_layer(entry: dict[str, Any], codes: Tensor | None, alpha: Tensor | N
     if spec is None:
         weight = (values + int(entry["offset"])).to(dtype) / EIGHT_BIT_DENOMINATOR * float(entry["scale"])
         return plan._replace(weight=weight.view(shape))
-    if alpha is None or tuple(alpha.shape) != (shape[:1] if spec.weight_per_channel else ()):
+    if alpha is None or tuple(alpha.shape) != (shape[:1] if spec.weight_per_channel else ()) or alpha.is_complex():
         raise ValueError("a layer has no threshold")
     signed = spec.weight_set.signed_tensor(torch.promote_types(dtype, torch.float32))
     if count and int(values.max()) >= len(signed):
@@ -246,7 +249,8 @@ def _check_fit(path: Path, model: nn.Module, plans: Mapping[str, _Plan], state: 
             )
     own = _thresholds(name for name, module in modules.items() if isinstance(module, AnyQuantized))
     thresholds = _thresholds(plans)
-    expected = {name: tensor.shape for name, tensor in _unique_state(model).items() if name not in own}
+    unique = _unique_state(model)
+    expected = {name: tensor.shape for name, tensor in unique.items() if name not in own}
     for name, plan in plans.items():
         if plan.weight is not None:
             expected.pop(_key(name, "weight"), None)
@@ -256,6 +260,7 @@ def _check_fit(path: Path, model: nn.Module, plans: Mapping[str, _Plan], state: 
             raise ValueError(
                 f"packed file {path}: {name!r} is {_shape(given, name)}, in the network {_shape(expected, name)}"
             )
+        check_type(name, state[name], unique[name].dtype, f"packed file {path}")
     for name, plan in plans.items():
         for kind, bits in (
             ("weight_alpha", plan.spec and plan.spec.weight_bits),
@@ -264,6 +269,8 @@ def _check_fit(path: Path, model: nn.Module, plans: Mapping[str, _Plan], state: 
             wanted = bits is not None and bits != FLOAT_BITS
             if wanted != (_key(name, kind) in state):
                 raise ValueError(f"packed file {path}: {_key(name, kind)} is {'missing' if wanted else 'left over'}")
+            if wanted:
+                check_type(_key(name, kind), state[_key(name, kind)], torch.float32, f"packed file {path}")
 
 
 def _thresholds(layers: Iterable[str]) -> set[str]:

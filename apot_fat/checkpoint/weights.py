@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apot_fat.checkpoint.files import read_checkpoint
+from apot_fat.plain import missing_values
 from apot_fat.quant.all_layers import quant_layers
 from apot_fat.quant.units import threshold_in_use
 
@@ -25,6 +27,9 @@ _RENAMES = (
 )
 _UNUSED_TRANSFORM = re.compile(r"\.transform\.weight$")  # stored, never used, by FAT's first and last layers
 _QUANTIZER = re.compile(r"\.(weight_alpha|act_alpha|transform)$")
+_THRESHOLD = re.compile(r"(weight_alpha|wgt_alpha|act_alpha)$")
+_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+_REAL = _FLOATS | {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _INITIAL_VALUES = 2  # of a kind of threshold in one network: FAT's MobileNetV2 holds layers of two variants
 
 
@@ -58,8 +63,8 @@ def load_weights(
         The model.
 
     Raises:
-        ValueError: a file that is no checkpoint, or names and shapes that do not fit, naming them; the model is then
-            unchanged.
+        ValueError: a file that is no checkpoint, names and shapes that do not fit, or values that no network has
+            (``check_values``), naming them; the model is then unchanged.
     """
     label = label or ("state dict" if isinstance(source, Mapping) else f"checkpoint {Path(source)}")
     content = source if isinstance(source, Mapping) else read_checkpoint(source)
@@ -93,10 +98,13 @@ def load_weights(
         raise ValueError(
             f"{label} does not fit this {type(model).__name__}: {'; '.join(problems)}{_hint(model, state)}"
         )
+    used = {name: tensor for name, tensor in own.items() if name in state}
+    for name, tensor in used.items():
+        check_type(name, state[name], tensor.dtype, label)
+        check_values(name, state[name].to(tensor.dtype) if tensor.is_floating_point() else state[name], label)
     with torch.no_grad():
-        for name, tensor in own.items():
-            if name in state:
-                tensor.copy_(state[name])
+        for name, tensor in used.items():
+            tensor.copy_(state[name])
         for name, layer in quant_layers(model):
             if (
                 layer.weight_alpha is not None
@@ -111,15 +119,52 @@ def state_dict_of(content: Mapping[str, Any], label: str = "checkpoint") -> dict
     """The state dict inside a checkpoint's content.
 
     Raises:
-        ValueError: there is none, or an entry is no tensor.
+        ValueError: there is none, or an entry is no tensor by its name that holds its values.
     """
     for key in STATE_KEYS:
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if not content or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         raise ValueError(f"{label} holds no state dict: expected tensors by name, as such or under {STATE_KEYS}")
+    for name, tensor in content.items():
+        if (what := missing_values(tensor)) is not None:
+            raise ValueError(
+                f"{label}: {name} is a tensor {what}; expected one that holds each of its values in memory"
+            )
     return dict(content)
+
+
+def check_type(name: str, values: Tensor, expected: torch.dtype, label: str) -> None:
+    """Raise ``ValueError`` unless values are of the expected type or real numbers, which become it."""
+    if values.dtype != expected and values.dtype not in _REAL:
+        raise ValueError(f"{label}: {name} holds values of {values.dtype}, expected real numbers or {expected}")
+
+
+def check_values(name: str, values: Tensor, label: str) -> None:
+    """Refuse values that no network has: it would compute NaN, or be exported with it, and say nothing.
+
+    One pass, no copy. A threshold at or below 0 is left as it is: training reaches it, and layers take ``ALPHA_FLOOR``
+    in its place.
+
+    Args:
+        name: of a parameter or buffer.
+        values: of any type; those of integers and of rare types are not looked at.
+        label: what errors call the file.
+
+    Raises:
+        ValueError: NaN or infinite, or a batch norm's variance below 0.
+    """
+    if values.dtype not in _FLOATS or not values.numel():
+        return
+    low, high = torch.stack(values.aminmax()).tolist()
+    is_variance = name.endswith("running_var")
+    if math.isfinite(low) and math.isfinite(high) and (low >= 0 or not is_variance):
+        return
+    wrong = low if math.isfinite(high) else high
+    kind = "variances" if is_variance else "thresholds" if _THRESHOLD.search(name) else "weights and means"
+    allowed = "finite and at least 0" if is_variance else "finite"
+    raise ValueError(f"{label}: {name} holds {wrong}, {kind} are {allowed}; it is damaged or its training diverged")
 
 
 def checkpoint_thresholds(
@@ -132,14 +177,18 @@ def checkpoint_thresholds(
         the weight has one a channel.
 
     Raises:
-        ValueError: it holds no state dict.
+        ValueError: it holds no state dict, or a threshold that is NaN or infinite.
     """
     found: dict[str, dict[str, float]] = {}
     for published, tensor in state_dict_of(content, label).items():
         name = _our_name(published)
         for suffix in ("weight_alpha", "act_alpha"):
             if name.endswith(f".{suffix}"):
-                found.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = threshold_in_use(tensor).mean().item()
+                check_type(published, tensor, torch.float32, label)
+                check_values(published, tensor, label)
+                alpha = threshold_in_use(tensor)
+                mean = alpha.mean(dtype=torch.promote_types(tensor.dtype, torch.float32)).item()
+                found.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = mean
     return {layer: (alphas.get("weight_alpha"), alphas.get("act_alpha")) for layer, alphas in found.items()}
 
 
@@ -158,8 +207,11 @@ def num_outputs(content: Mapping[str, Any], label: str = "checkpoint") -> int:
 def best_accuracy(content: Mapping[str, Any]) -> float | None:
     """The best top-1 accuracy (%) a checkpoint's content records, or None."""
     for key in BEST_KEYS:
-        if isinstance(content.get(key), int | float | Tensor):
-            return float(content[key])
+        best = content.get(key)
+        if isinstance(best, Tensor) and best.numel() == 1 and best.dtype in _REAL:
+            best = best.item()
+        if isinstance(best, int | float) and 0 <= best <= 100:
+            return float(best)
     return None
 
 
@@ -195,6 +247,8 @@ def _unused_quantizers(state: Mapping[str, Tensor], model: nn.Module) -> list[st
         return []
     layers = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     found = [name for name in state if _QUANTIZER.search(name) and name.rpartition(".")[0] in layers]
+    if any(state[name].dtype not in _REAL for name in found):
+        return []
     for kind in ("weight_alpha", "act_alpha"):
         values = torch.cat([torch.empty(0), *(state[name].flatten().cpu() for name in found if name.endswith(kind))])
         if len(values.unique()) > _INITIAL_VALUES:

@@ -45,6 +45,8 @@ class ImageSet:
             raise ValueError(f"labels {labels.dtype} {tuple(labels.shape)}: expected int64 ({images.shape[0]},)")
         if not len(labels):
             raise ValueError("a set of no images: at least one is needed")
+        if not images.numel():
+            raise ValueError(f"images of {images.shape[1]} × {images.shape[2]} pixels: expected at least one")
 
     def __len__(self) -> int:
         return len(self.labels_N)

@@ -9,25 +9,29 @@ import contextlib
 import io
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib.format import read_array, read_array_header_1_0, read_array_header_2_0, read_magic
 from torch import Tensor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from apot_fat.data.decoding import IMAGE_SUFFIXES, read_image
+from apot_fat.data.decoding import IMAGE_SUFFIXES, UnreadableImageError, UnreadableImages, read_image
 from apot_fat.data.images import Dataset, FileSet, ImageSet
 from apot_fat.optional import needed_for
 from apot_fat.quant.spec import nearest
 from apot_fat.text import printable
 
 MAX_BYTES_IN_MEMORY = 8 << 30
+MOST_LABEL = 65_535
+"""Largest label of an ``.npz`` file: a network has one output a label up to it."""
+_ARRAYS = ("images", "labels")
 _THREADS_FROM_PIXELS = 64 * 64  # below, decoding is so short that threads wait on the interpreter: 6.8k images/s with
 # one thread against 3.9k with two at 32 × 32 (2 cores)
 
@@ -47,13 +51,14 @@ def load_dataset(
     seed: int = 0,
     need_train: bool = True,
     stream: bool = False,
+    on_damaged: str = "error",
 ) -> Dataset:
     """Load a data set: into memory, or as a list of files to decode as they are needed.
 
     Args:
         source: ``digits``, ``cifar10``, ``cifar100``; a folder with ``train/CLASS/*`` and ``test/CLASS/*`` (or
             ``val``), where folders and images may be symbolic links; ``imagenet``, such a folder under ``root``; or an
-            ``.npz`` file with ``images`` uint8 (N, 3, H, W) or (N, H, W, 3) and ``labels``.
+            ``.npz`` file with ``images`` uint8 (N, 3, H, W) or (N, H, W, 3) and ``labels``, integers from 0 to 65,535.
         test_source: a folder of class folders or an ``.npz`` with the test images, instead of the source's.
         root: where CIFAR is, or is downloaded to.
         image_size: height and width that images are brought to (shorter side resized, centre cropped), pixels.
@@ -61,6 +66,8 @@ def load_dataset(
         seed: chooses the held-out images.
         need_train: False where only the test images are wanted.
         stream: leave a folder's images on disk; they are then cropped to size as they are decoded.
+        on_damaged: what becomes of a folder's unreadable images that are read into memory: ``error``, or ``skip``
+            leaves them out and counts them.
 
     Returns:
         The ``Dataset``; its ``train`` may be None when not needed.
@@ -76,7 +83,8 @@ def load_dataset(
         if image_size is not None:
             dataset = _resized(dataset, image_size)
         if test_source is not None:
-            dataset = replace(dataset, test=_read_set(Path(test_source), image_size, dataset.classes, stream)[0])
+            test, _ = _read_set(Path(test_source), image_size, dataset.classes, stream, on_damaged)
+            dataset = replace(dataset, test=test)
     else:
         path = Path(root) / "imagenet" if source == "imagenet" else Path(source)
         _check_link(path)
@@ -84,7 +92,7 @@ def load_dataset(
             raise ValueError(
                 f"ImageNet is not at {path}: put or link its folder (train/ and val/) there, or name it with --data"
             )
-        dataset = _from_path(path, test_source, image_size, need_train, stream)
+        dataset = _from_path(path, test_source, image_size, need_train, stream, on_damaged)
     for part in (dataset.train, dataset.test):
         if part is not None and int(part.labels_N.max()) >= len(dataset.classes):
             raise ValueError(f"{source}: label {int(part.labels_N.max())} of {len(dataset.classes)} classes")
@@ -139,7 +147,9 @@ NAMED: dict[str, Callable[[Path], Dataset]] = {
 }
 
 
-def _from_path(path: Path, test_source: str | None, image_size: int | None, need_train: bool, stream: bool) -> Dataset:
+def _from_path(
+    path: Path, test_source: str | None, image_size: int | None, need_train: bool, stream: bool, on_damaged: str
+) -> Dataset:
     if not path.exists():
         raise ValueError(
             f"no data set {str(path)!r}{nearest(str(path), NAMED)}: "
@@ -160,15 +170,15 @@ def _from_path(path: Path, test_source: str | None, image_size: int | None, need
         test_path = path
     train, classes = None, None
     if need_train:
-        train, classes = _read_set(train_path, image_size, None, stream)
-    test, classes = _read_set(test_path, image_size, classes, stream)
+        train, classes = _read_set(train_path, image_size, None, stream, on_damaged)
+    test, classes = _read_set(test_path, image_size, classes, stream, on_damaged)
     if isinstance(train, ImageSet) and isinstance(test, ImageSet) and train.size != test.size:
         raise ValueError(f"{path}: training images are {train.size}, test images {test.size}; give --image-size")
     return Dataset(str(path), classes, train, test)
 
 
 def _read_set(
-    path: Path, image_size: int | None, classes: tuple[str, ...] | None, stream: bool
+    path: Path, image_size: int | None, classes: tuple[str, ...] | None, stream: bool, on_damaged: str
 ) -> tuple[ImageSet | FileSet, tuple[str, ...]]:
     _check_link(path)
     if not path.exists():
@@ -176,30 +186,57 @@ def _read_set(
     if not path.is_dir():
         return _read_npz(path, image_size, classes)
     files, classes = _list_folder(path, classes)
-    return (files if stream else _decode_all(files, path, image_size)), classes
+    return (files if stream else _decode_all(files, path, image_size, on_damaged)), classes
 
 
 def _read_npz(path: Path, image_size: int | None, classes: tuple[str, ...] | None) -> tuple[ImageSet, tuple[str, ...]]:
+    with _open_npz(path) as archive:
+        (images_shape, images_type), (labels_shape, labels_type) = (_header(archive, name) for name in _ARRAYS)
+    channels_first = len(images_shape) == 4 and images_shape[1] == 3 and images_shape[3] != 3
+    if images_type != np.uint8 or len(images_shape) != 4 or images_shape[1 if channels_first else 3] != 3:
+        raise ValueError(f"{path}: images {images_type} {images_shape}, expected uint8 (N, 3, H, W) or (N, H, W, 3)")
+    if labels_shape != images_shape[:1] or labels_type.kind not in "iu":
+        raise ValueError(
+            f"{path}: labels {labels_type} {labels_shape}, expected {images_shape[0]} integers from 0 to {MOST_LABEL:,}"
+        )
+    if (needed := prod(images_shape) + prod(labels_shape) * labels_type.itemsize) > MAX_BYTES_IN_MEMORY:
+        raise ValueError(
+            f"{path}: {needed >> 30} GiB of images and labels, at most {MAX_BYTES_IN_MEMORY >> 30} are read; "
+            "make it a folder of images, which --loader stream leaves on disk"
+        )
+    with _open_npz(path) as archive:
+        images, labels = (_array(archive, name) for name in _ARRAYS)
+    for label in (labels.min(initial=0), labels.max(initial=0)):
+        if not 0 <= label <= MOST_LABEL:
+            raise ValueError(f"{path}: label {label}, expected integers from 0 to {MOST_LABEL:,}")
+    images = images.transpose(0, 2, 3, 1) if channels_first else images
+    found = ImageSet(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64)))
+    names = classes or tuple(str(label) for label in range(int(labels.max()) + 1))
+    return (_resize(found, image_size) if image_size else found), names
+
+
+@contextlib.contextmanager
+def _open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         if not path.is_file():
             raise ValueError("a device or a pipe")
         with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > MAX_BYTES_IN_MEMORY:
-            raise ValueError(f"{unpacked >> 30} GiB unpacked")
-        with np.load(path, allow_pickle=False) as content:
-            images, labels = content["images"], content["labels"]
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+            yield archive
+    except Exception as error:  # damaged bytes make the readers of archives and headers stumble in many ways
         raise ValueError(f"{path}: not an .npz file with arrays `images` and `labels`") from error
-    if images.ndim == 4 and images.shape[1] == 3 and images.shape[3] != 3:
-        images = images.transpose(0, 2, 3, 1)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"{path}: images {images.dtype} {images.shape}, expected uint8 (N, 3, H, W) or (N, H, W, 3)")
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not labels.size or labels.min() < 0:
-        raise ValueError(f"{path}: labels {labels.dtype} {labels.shape}, expected {len(images)} integers from 0 up")
-    found = ImageSet(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64)))
-    names = classes or tuple(str(label) for label in range(int(labels.max()) + 1))
-    return (_resize(found, image_size) if image_size else found), names
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    # shape and type, before anything of that size is allocated
+    with archive.open(f"{name}.npy") as file:
+        read = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}[read_magic(file)]
+        shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as file:
+        return read_array(file, allow_pickle=False)
 
 
 def _list_folder(path: Path, classes: tuple[str, ...] | None) -> tuple[FileSet, tuple[str, ...]]:
@@ -252,9 +289,25 @@ def _check_link(path: Path) -> None:
         raise ValueError(f"{path}: {reason}; mend or remove it") from error
 
 
-def _decode_all(files: FileSet, path: Path, image_size: int | None) -> ImageSet:
+def _decode_all(files: FileSet, path: Path, image_size: int | None, on_damaged: str) -> ImageSet:
     fit = _fit_to(image_size) if image_size else None
-    first = _decode(files.path(0), fit)
+    unreadable = UnreadableImages(on_damaged)
+
+    def decode(index: int) -> Tensor | str:
+        # its pixels, or what is wrong with the file
+        try:
+            rgb = read_image(files.path(index), image_size)
+        except UnreadableImageError as error:
+            return str(error)
+        return torch.from_numpy(np.array(fit(rgb) if fit else rgb))
+
+    for index in range(len(files)):
+        first = decode(index)
+        if isinstance(first, Tensor):
+            break
+        unreadable.add(first)
+    else:
+        raise ValueError(f"{path}: none of its {len(files)} images can be read")
     height, width = first.shape[:2]
     if (needed := len(files) * first.numel()) > MAX_BYTES_IN_MEMORY:
         raise ValueError(
@@ -262,30 +315,32 @@ def _decode_all(files: FileSet, path: Path, image_size: int | None) -> ImageSet:
             "give a smaller --image-size"
         )
     images_NHWC = torch.empty((len(files), *first.shape), dtype=torch.uint8)
+    whole_N = torch.ones(len(files), dtype=torch.bool)
 
-    def decode(index: int) -> None:
-        pixels = _decode(files.path(index), fit)
+    def fill(index: int) -> str | None:
+        pixels = decode(index)
+        if isinstance(pixels, str):
+            return pixels
         if pixels.shape != first.shape:
             raise ValueError(
                 f"{files.path(index)}: {pixels.shape[1]} × {pixels.shape[0]} pixels where others have "
                 f"{width} × {height}; give --image-size"
             )
         images_NHWC[index] = pixels
+        return None
 
     with contextlib.ExitStack() as stack:
         threads = height * width >= _THREADS_FROM_PIXELS
         run = stack.enter_context(ThreadPoolExecutor(os.cpu_count())).map if threads else map
-        bar = stack.enter_context(
-            tqdm(total=len(files), desc=f"decode {printable(path.name)}", unit="img", disable=None)
-        )
-        for _ in run(decode, range(len(files))):
+        what = f"decode {printable(path.name)}"
+        bar = stack.enter_context(tqdm(total=len(files), desc=what, unit="img", disable=None))
+        for index, problem in enumerate(run(fill, range(len(files)))):
+            if problem is not None:
+                unreadable.add(problem)
+                whole_N[index] = False
             bar.update()
-    return ImageSet(images_NHWC, files.labels_N)
-
-
-def _decode(file: Path, fit: v2.Transform | None) -> Tensor:
-    rgb = read_image(file)
-    return torch.from_numpy(np.array(fit(rgb) if fit else rgb))
+    images = ImageSet(images_NHWC, files.labels_N)
+    return images if whole_N.all() else images.subset(whole_N)
 
 
 def _fit_to(size: int) -> v2.Transform:

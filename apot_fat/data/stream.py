@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
-from apot_fat.data.decoding import read_image
+from apot_fat.data.decoding import UnreadableImageError, UnreadableImages, read_image
 from apot_fat.data.images import FileSet, normalize
 from apot_fat.data.mixing import Mixing, cut_out, mixup
 from apot_fat.data.sharding import Batch, EpochPlan, PlannedBatches, Sharding, epoch_generator, mix_seed
@@ -20,8 +18,6 @@ from apot_fat.data.workers import begin_worker, start_fork_server
 
 CROPS = ("resize-crop", "random-resized-crop")
 ON_DAMAGED = ("error", "skip")
-
-log = logging.getLogger("apot_fat")
 
 
 class FileBatches(PlannedBatches):
@@ -73,10 +69,9 @@ class FileBatches(PlannedBatches):
         self.mean = torch.tensor(mean, device=device)
         self.std = torch.tensor(std, device=device)
         self.channels_last = channels_last
-        self.on_damaged = on_damaged
-        self.damaged: set[Path] = set()
+        self.unreadable = UnreadableImages(on_damaged)
         self.sampler = _EpochSampler(self.plan, seed)
-        decode = _DecodedFiles(files, image_transform(image_size, crop if training else None), seed)
+        decode = _DecodedFiles(files, image_size, crop if training else None, seed)
         self.loader = DataLoader(
             decode,
             batch_sampler=self.sampler,
@@ -99,11 +94,11 @@ class FileBatches(PlannedBatches):
         self.plan.order(generator)  # the sampler's: the numbers below follow it
         draws = self.mixing.draw(self.num_images, generator).to(self.device)
         loaded, slices = self._load(start), self.plan.slices(start)
-        for (images_BCHW, labels, damaged), (part, share, ends_step) in zip(loaded, slices, strict=True):
-            for path in damaged:
-                self._report(path)
+        for (images_BCHW, labels, problems), (part, share, ends_step) in zip(loaded, slices, strict=True):
+            for problem in problems:
+                self.unreadable.add(problem)
             if not len(labels):
-                raise ValueError(f"{damaged[0]}: a whole batch of unreadable images; mend the data set")
+                raise ValueError(f"{problems[0]}; a whole batch of unreadable images: mend the data set")
             images_BHWC = images_BCHW.to(self.device, non_blocking=True).permute(0, 2, 3, 1)
             x = normalize(images_BHWC, self.mean, self.std)
             labels = labels.to(self.device, non_blocking=True)
@@ -117,7 +112,7 @@ class FileBatches(PlannedBatches):
             x = x.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
             yield Batch(x, labels, share, ends_step, others, own_share)
 
-    def _load(self, start: int) -> Iterator[tuple[Tensor, Tensor, list[Path]]]:
+    def _load(self, start: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         if self.loader.num_workers:
             start_fork_server()
         self.sampler.start = start
@@ -125,17 +120,14 @@ class FileBatches(PlannedBatches):
         self.sampler.start = 0
         return loaded
 
-    def _report(self, path: Path) -> None:
-        if self.on_damaged == "error":
-            raise ValueError(f"{path}: not a readable image; mend it, or leave such images out with --on-damaged skip")
-        if path not in self.damaged:
-            self.damaged.add(path)
-            log.warning("%s: not a readable image, left out (%d so far)", path, len(self.damaged))
+
+def _shorter_side(image_size: int) -> int:
+    return round(image_size * 256 / 224)
 
 
 def image_transform(image_size: int, crop: str | None) -> v2.Transform:
     """PIL image → uint8 (3, S, S): the published ImageNet augmentations, or with None the centre crop of evaluation."""
-    resize = v2.Resize(round(image_size * 256 / 224), antialias=True)
+    resize = v2.Resize(_shorter_side(image_size), antialias=True)
     if crop is None:
         steps = [resize, v2.CenterCrop(image_size)]
     elif crop == "resize-crop":
@@ -161,26 +153,30 @@ class _EpochSampler(Sampler[list[tuple[int, int]]]):
         return ([(epoch, index) for index in order[part].tolist()] for part, _, _ in slices)
 
 
-class _DecodedFiles(TorchDataset[tuple[Tensor | None, int, Path]]):
-    """Decodes one file; what is random about it depends on seed, epoch and index alone, whichever worker it is."""
+class _DecodedFiles(TorchDataset[tuple[Tensor | None, int, str]]):
+    """Decodes one file; what is random about it depends on seed, epoch and index alone, whichever worker it is.
 
-    def __init__(self, files: FileSet, transform: v2.Transform, seed: int) -> None:
-        self.files, self.transform, self.seed = files, transform, seed
+    An item is (image, label, ""), or (None, label, what is wrong with the file).
+    """
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, Path]:
+    def __init__(self, files: FileSet, image_size: int, crop: str | None, seed: int) -> None:
+        self.files, self.seed = files, seed
+        self.shorter_side, self.transform = _shorter_side(image_size), image_transform(image_size, crop)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, str]:
         epoch, index = key
         path, label = self.files.path(index), int(self.files.labels_N[index])
         try:
-            rgb = read_image(path)
-        except ValueError:
-            return None, label, path
+            rgb = read_image(path, self.shorter_side)
+        except UnreadableImageError as error:
+            return None, label, str(error)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix_seed(self.seed, epoch, index + 1))
-            return self.transform(rgb), label, path
+            return self.transform(rgb), label, ""
 
 
-def _collate(samples: Sequence[tuple[Tensor | None, int, Path]]) -> tuple[Tensor, Tensor, list[Path]]:
+def _collate(samples: Sequence[tuple[Tensor | None, int, str]]) -> tuple[Tensor, Tensor, list[str]]:
     whole = [(image, label) for image, label, _ in samples if image is not None]
     images = torch.stack([image for image, _ in whole]) if whole else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
     labels = torch.tensor([label for _, label in whole], dtype=torch.int64)
-    return images, labels, [path for image, _, path in samples if image is None]
+    return images, labels, [problem for image, _, problem in samples if image is None]

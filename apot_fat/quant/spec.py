@@ -88,7 +88,8 @@ class QuantSpec:
                 raise ValueError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if self.act_signed and self.act_alpha_gradient == "clipped-only":
             raise ValueError("act_signed with act_alpha_gradient 'clipped-only': choose 'full' for signed inputs")
-        for name in ("weight_per_channel", "weight_alpha_learned"):
+        switches = ("weight_norm_gradient", "transform", "act_signed", "weight_per_channel", "weight_alpha_learned")
+        for name in switches:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} {getattr(self, name)!r}: choose True or False")
         for name in ("weight_alpha", "act_alpha", "grad_scale"):
@@ -96,7 +97,9 @@ class QuantSpec:
             if name == "grad_scale" and isinstance(value, str):
                 if value != "lsq":
                     raise ValueError(f"grad_scale {value!r}: choose a positive number, 'lsq' or None")
-            elif value is not None and not 0 < value < float("inf"):
+            elif value is None and name != "act_alpha":
+                continue
+            elif value is None or not 0 < value < float("inf"):
                 raise ValueError(f"{name} {value!r}: must be positive and finite")
 
     @property

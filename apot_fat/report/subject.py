@@ -16,6 +16,7 @@ from apot_fat.training.config import TrainConfig
 from apot_fat.training.folder import BEST, LAST, best_index, read_run, recorded_shape
 from apot_fat.training.loop import Result, evaluate
 from apot_fat.training.network import open_network
+from apot_fat.training.recorded import recorded_history
 
 IMAGE_SIZES = {"cifar10": 32, "imagenet": 224}  # pixels, of the data sets of the papers
 _CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
@@ -179,7 +180,7 @@ def _file(path: Path, group: int, own: str | None, given: dict[str, Any]) -> Sub
         opened.config,
         opened.model,
         opened.num_classes,
-        tuple(content.get("history", ())),
+        tuple(recorded_history(content, opened.where)) if recorded else (),
         None if recorded else best_accuracy(content),
         recorded,
         content.get("environment", {}),

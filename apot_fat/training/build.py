@@ -50,6 +50,7 @@ def load_config_dataset(config: TrainConfig, *, need_train: bool = True) -> Data
             seed=config.seed,
             need_train=need_train,
             stream=config.streams,
+            on_damaged=config.on_damaged,
         )
 
     return in_turns(launched(), load) if config.data in NAMED else load()

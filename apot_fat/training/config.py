@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import cache
 from typing import Any, Union
@@ -72,7 +72,7 @@ class TrainConfig:
         low=0,
         high=256,
     )
-    on_damaged: str = _option("error", "what to do about an unreadable streamed image", choices=ON_DAMAGED)
+    on_damaged: str = _option("error", "what to do about an unreadable image of a folder", choices=ON_DAMAGED)
     crop_padding: int = _option(4, "random crop after zero padding, pixels a side", low=0, high=64)
     flip: bool = _option(True, "mirror half of the training images")
 
@@ -227,39 +227,13 @@ class TrainConfig:
         return cls(**values)
 
 
-def recorded_config(content: Mapping[str, Any], where: str) -> TrainConfig | None:
-    """The config inside a checkpoint of ours, of any version; None where it holds none.
-
-    What this version does not know is left out, and what it does not allow any more, but for network and images, takes
-    its default: a network can be read long after its recipe.
-
-    Raises:
-        ValueError: no network or images that this version knows.
-    """
-    values = content.get("config")
-    if values is None:
-        return None
-    if not isinstance(values, Mapping) or "arch" not in values:
-        raise ValueError(f"{where}: its config names no network; the file is damaged, take another")
-    known = {}
-    try:
-        for option in fields(TrainConfig):
-            if option.name in values and (option.name in _NEEDED or _is_allowed(option, values[option.name])):
-                known[option.name] = values[option.name]
-        return TrainConfig(**known)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _is_allowed(option: Field[Any], value: Any) -> bool:
+def is_allowed(option: Field[Any], value: Any) -> bool:
+    """Whether a config field may have a value."""
     try:
         _checked(option, value)
     except ValueError:
         return False
     return True
-
-
-_NEEDED = {"arch", "preset", "bit", "weight_per_channel", "data", "test_data", "image_size", "mean", "std", "amp"}
 
 
 def field_type(option: Field[Any]) -> tuple[type, bool, bool]:
@@ -298,7 +272,8 @@ _TYPE_NAMES = {int: "integer", float: "number", str: "string", bool: "true-or-fa
 def _checked_item(option: Field[Any], name: str, element: type, value: Any) -> Any:
     limits = option.metadata
     if element is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        with suppress(OverflowError):  # refused below, as what it is
+            value = float(value)
     wanted = _requirement(element, limits)
     if not isinstance(value, element) or (isinstance(value, bool) and element is not bool):
         raise ValueError(f"{name} {value!r}: {wanted}")

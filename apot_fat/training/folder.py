@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from apot_fat.checkpoint import atomic_write, read_newest, remove_leftovers, write_checkpoint
 from apot_fat.text import one_line
 from apot_fat.training.board import Board
-from apot_fat.training.config import TrainConfig, recorded_config
+from apot_fat.training.config import TrainConfig
 from apot_fat.training.distributed import Processes, gather_objects, largest_over_processes, wait_for_all
 from apot_fat.training.interruption import InterruptedRunError, SignalWatch
 from apot_fat.training.loop import Position
 from apot_fat.training.readback import CHECK_EVERY, LateRead
+from apot_fat.training.recorded import recorded_config, recorded_history
 from apot_fat.training.state import TrainState, rng_state
 
 LAST, BEST, METRICS, CONFIG = "checkpoint.pth.tar", "model_best.pth.tar", "metrics.jsonl", "config.toml"
@@ -102,13 +103,14 @@ def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
 
 
 def run_config(content: dict[str, Any], path: Path) -> TrainConfig:
-    """The config inside one of our checkpoints.
+    """The config inside one of our checkpoints, whose history is then known to be a run's too.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: it holds none, or they are not a run's.
     """
     config = recorded_config(content, f"checkpoint {path}")
-    if config is None or not isinstance(content.get("history"), list):
+    recorded_history(content, f"checkpoint {path}")
+    if config is None:
         raise ValueError(f"checkpoint {path}: not written by a training run of apot-fat")
     return config
 

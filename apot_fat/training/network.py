@@ -25,7 +25,8 @@ from apot_fat.checkpoint import (
 from apot_fat.models import create_model, find_architecture, list_models, register
 from apot_fat.quant.all_layers import quant_layers
 from apot_fat.quant.spec import FLOAT_BITS
-from apot_fat.training.config import TrainConfig, recorded_config
+from apot_fat.training.config import TrainConfig
+from apot_fat.training.recorded import recorded_config
 
 _RUN_FOLDER = re.compile(r"(?P<arch>.+)_(?P<bits>\d+)bit")
 _OF_THE_MACHINE = {"device": "auto", "gpu": None, "workers": None}

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from apot_fat.models import find_architecture
+from apot_fat.plain import DEEPEST, plain
 from apot_fat.quant.spec import check_bits, nearest
 from apot_fat.training.config import TrainConfig
 
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
 PUBLISHED = "published"
+_DEEP_KEY = re.compile(rf"(?<![^\s.=,])(?:[^\s.=,]++\s*+\.\s*+){{{DEEPEST}}}")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     single = content.pop("bit", None)
     if not isinstance(chain, list) or not chain:
         raise ValueError(f"config {path}: chain {chain!r}: expected a list of bit-widths, such as [32, 4, 3, 2]")
-    for bits in chain:
+    for bits in chain if single is None else [*chain, single]:
         check_bits(bits, f"config {path}: chain")
         if chain.count(bits) > 1:
             raise ValueError(f"config {path}: chain {chain!r}: {bits} twice; each has one run in the output folder")
@@ -84,16 +87,22 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of a TOML file.
 
     Raises:
-        ValueError: no such file, no text, or no TOML.
+        ValueError: no such file, no text, no TOML, or values nested deeper than any config's (``plain``).
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"config {path}: no such file")
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        if _DEEP_KEY.search(text):  # tomllib's time grows with the square of the depth
+            raise RecursionError
+        content = tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path}: not readable as text") from error
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError as error:
+        raise ValueError(f"config {path}: nested more than {DEEPEST} levels deep") from error
+    except ValueError as error:  # no TOML, or an integer of thousands of digits
         raise ValueError(f"config {path}: not TOML ({error})") from error
+    return cast(dict[str, Any], plain(content, f"config {path}"))
 
 
 def find_recipe(data: str, arch: str, preset: str, name: str = PUBLISHED) -> Recipe | None:
@@ -109,4 +118,4 @@ def find_recipe(data: str, arch: str, preset: str, name: str = PUBLISHED) -> Rec
     method = preset.replace("-cifar", "").replace("-imagenet", "")
     suffix = "" if name == PUBLISHED else f"_{name}"
     path = CONFIG_ROOT / folder / f"{architecture.name.replace('_', '')}_{method}{suffix}.toml"
-    return read_recipe(path) if path.is_file() else None
+    return read_recipe(path) if os.path.isfile(path) else None  # False for a name that is too long, too

@@ -23,9 +23,10 @@ from apot_fat.quant.convert import Reconstruction, reconstruct
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.quant.thresholds import initialize_thresholds
 from apot_fat.training.build import unlabelled_images
-from apot_fat.training.config import TrainConfig, recorded_config
+from apot_fat.training.config import TrainConfig
 from apot_fat.training.loop import autocast
 from apot_fat.training.network import create_network
+from apot_fat.training.recorded import recorded_config
 
 log = logging.getLogger("apot_fat")
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from apot_fat.checkpoint import load_weights
+from apot_fat.text import one_line
 from apot_fat.training.averaging import WeightAverage
 from apot_fat.training.distributed import Processes
 from apot_fat.training.environment import environment
@@ -68,8 +69,14 @@ class TrainState:
             One row an epoch so far, and where within an epoch the checkpoint lies; None at its end.
 
         Raises:
-            ValueError: it lies within an epoch of another number of processes.
+            ValueError: it lies within an epoch of another number of processes, or does not hold what a run's does.
         """
+        try:
+            return self._restore(content, processes)
+        except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"the checkpoint is not one of such a run, or damaged ({one_line(error)})") from error
+
+    def _restore(self, content: dict[str, Any], processes: Processes) -> tuple[list[dict[str, Any]], Position | None]:
         if self.average is not None:
             self.average.load_state_dict(content["state_dict"], content["average"]["steps"])
         load_weights(self.model, content if self.average is None else content["average"]["trained"])

@@ -28,7 +28,7 @@ from apot_fat.training.teacher import teacher_path
 
 log = logging.getLogger("apot_fat")
 
-_DATA_FIELDS = ("data", "test_data", "data_root", "image_size", "val_split", "loader")
+_DATA_FIELDS = ("data", "test_data", "data_root", "image_size", "val_split", "loader", "on_damaged")
 _GRID = ("methods", "seeds", "chain", "baseline")
 
 
@@ -160,7 +160,7 @@ def read_sweep(path: str | os.PathLike[str]) -> Sweep:
         raise ValueError(f"sweep {path}: seeds {seeds!r}: expected a list of integers from 0 up")
     if not isinstance(chain, bool):
         raise ValueError(f"sweep {path}: chain {chain!r}: expected true or false")
-    if baseline not in read:
+    if not isinstance(baseline, str) or baseline not in read:
         raise ValueError(f"sweep {path}: baseline {baseline!r}: choose one of {', '.join(read)}")
     base, by_method = _table(content, "base", path), _table(content, "methods", path)
     _check_fields(base, f"sweep {path}: [base]")

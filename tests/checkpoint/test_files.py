@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import resource
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,26 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=name):
             read_checkpoint(tmp_path / name)
     assert not marker.exists()
+
+
+def test_what_is_written_can_be_read_of_expanded_tensors_too(tmp_path: Path) -> None:
+    content = {"w": torch.arange(3.0).expand(4, 3), "c": torch.tensor([1 + 1j])}
+    write_checkpoint(content, tmp_path / "a.pth")
+    read = read_checkpoint(tmp_path / "a.pth")
+    assert all(torch.equal(read[name], tensor) for name, tensor in content.items())
+
+
+def test_records_that_unpack_to_more_than_their_file_are_not_unpacked(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(100_000)}, tmp_path / "whole.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pth") as whole,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for record in whole.infolist():
+            packed.writestr(record.filename, whole.read(record))
+    read_checkpoint(tmp_path / "whole.pth")
+    with pytest.raises(ValueError, match=r"packed\.pth: not a PyTorch checkpoint, or damaged"):
+        read_checkpoint(tmp_path / "packed.pth")
 
 
 def test_files_have_the_rights_of_any_new_file(tmp_path: Path) -> None:

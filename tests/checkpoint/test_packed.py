@@ -192,6 +192,23 @@ def test_bad_files(tmp_path: Path) -> None:
         load_packed(tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("layer1.0.conv1.act_alpha", float("nan"), "holds nan, thresholds are finite"),
+        ("layer1.0.conv2.weight_alpha", float("inf"), "holds inf, thresholds are finite"),
+        ("bn1.running_var", -1.0, "holds -1.0, variances are finite and at least 0"),
+        ("fc.bias", float("inf"), "holds inf"),
+    ],
+)
+def test_values_that_no_network_has_are_refused(name: str, value: float, message: str, tmp_path: Path) -> None:
+    model = create_model("resnet20", "apot-cifar", 3)
+    model.state_dict()[name].fill_(value)
+    save_packed(model, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=rf"packed file .*a\.safetensors: .*{name} {message}"):
+        load_packed(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_the_released_checkpoint(bits: int, reference: Path, tmp_path: Path) -> None:
     model = create_model("resnet20", "apot-cifar", bits)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from apot_fat.checkpoint import best_accuracy, checkpoint_thresholds, read_check
 from apot_fat.data import ImageBatches, ImageSet
 from apot_fat.data.normalization import CIFAR_APOT
 from apot_fat.models import create_model
+from apot_fat.quant import ALPHA_FLOOR
 from apot_fat.quant.all_layers import clipping_table
 from apot_fat.training import evaluate
 
@@ -75,8 +77,13 @@ def test_misfits_name_what_is_wrong_and_change_nothing() -> None:
         load_weights(model, create_model("res20", bits=32).state_dict())
     with pytest.raises(ValueError, match="does not fit this CifarResNet"):
         load_weights(model, create_model("res32", bits=3).state_dict())
-    with pytest.raises(ValueError, match="holds no state dict"):
-        load_weights(model, {"epoch": 3})
+    nothing: list[Any] = [{"epoch": 3}, {1: torch.ones(2)}, {"state_dict": {0: torch.ones(2)}}, {"state_dict": [1]}]
+    for none in nothing:
+        with pytest.raises(ValueError, match="holds no state dict"):
+            load_weights(model, none)
+    for odd in (torch.eye(2).to_sparse(), torch.empty(10, device="meta")):
+        with pytest.raises(ValueError, match=r"fc\.bias is a tensor .*; expected one that holds each"):
+            load_weights(model, {**state, "fc.bias": odd})
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], atol=0, rtol=0)
 
@@ -125,3 +132,68 @@ def test_released_checkpoints(reference: Path, bits: int, correct: int) -> None:
     thresholds = [[round(row.weight_alpha or 0, 3), round(row.act_alpha or 0, 3)] for row in clipping_table(model)]
     assert thresholds == expected["alphas_weight_activation"]
     assert state_dict_of(read_checkpoint(path))
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("layer1.0.conv1.weight_alpha", NAN, "holds nan, thresholds are finite"),
+        ("layer1.0.conv1.act_alpha", -INF, "holds -inf, thresholds are finite"),
+        ("layer1.0.conv2.weight", INF, "holds inf, weights and means are finite"),
+        ("fc.bias", 1e39, "holds inf, weights and means are finite"),  # beyond the float32 of the network
+        ("bn1.running_mean", NAN, "holds nan, weights and means are finite"),
+        ("bn1.running_var", -0.5, "holds -0.5, variances are finite and at least 0"),
+        ("bn1.running_var", INF, "holds inf, variances are finite and at least 0"),
+        ("bn1.num_batches_tracked", 1 + 1j, "holds values of torch.complex64, expected real numbers"),
+        ("layer1.0.conv1.act_alpha", 1 + 0j, "holds values of torch.complex64, expected real numbers"),
+    ],
+)
+def test_values_that_no_network_has_are_refused(name: str, value: complex, message: str) -> None:
+    model, source = create_model("res20", bits=3), create_model("res20", bits=3)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state = {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in before.items()}
+    kind = torch.complex64 if isinstance(value, complex) else torch.float64
+    state[name] = source.state_dict()[name].to(kind)
+    state[name].view(-1)[-1] = value
+    with pytest.raises(ValueError, match=rf"{name} {message}"):
+        load_weights(model, state)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    if name.endswith("alpha"):
+        with pytest.raises(ValueError, match=rf"^file: {name} {message}"):
+            checkpoint_thresholds(state, "file")
+
+
+def test_thresholds_at_or_below_zero_load_and_are_used_as_the_floor() -> None:
+    model = create_model("res20", bits=3)
+    state = model.state_dict()
+    state["layer1.0.conv1.act_alpha"] = torch.tensor(-0.25)
+    state["layer1.0.conv1.weight_alpha"] = torch.tensor(0.0)
+    load_weights(model, state)
+    assert model.get_parameter("layer1.0.conv1.act_alpha").item() == -0.25
+    shown = checkpoint_thresholds(state)["layer1.0.conv1"]
+    assert shown == pytest.approx((ALPHA_FLOOR, ALPHA_FLOOR))
+
+
+def test_complex_buffers_of_a_network_of_one_s_own_load() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("rotations", torch.tensor([1 + 2j, NAN]))
+    state = {**model.state_dict(), "rotations": torch.tensor([1j, 2j])}
+    assert load_weights(model, state).get_buffer("rotations")[1] == 2j
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32])
+def test_weights_of_other_types_become_the_network_s(dtype: torch.dtype) -> None:
+    model = create_model("res20", bits=3)
+    state = {name: (10 * tensor).to(dtype) for name, tensor in model.state_dict().items()}
+    load_weights(model, state)
+    assert torch.equal(model.get_parameter("conv1.weight"), state["conv1.weight"].float())
+    assert checkpoint_thresholds(state)["layer1.0.conv1"][0] == state["layer1.0.conv1.weight_alpha"].item()
+
+
+def test_what_is_no_accuracy_is_not_shown_as_the_best() -> None:
+    for wrong in (torch.rand(2), torch.tensor(1j), float("nan"), 10**400, -1, 101.0, "91", None):
+        assert best_accuracy({"best_prec": wrong}) is None
+    assert best_accuracy({"best_prec": torch.tensor([91.5])}) == 91.5

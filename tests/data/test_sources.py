@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import pickle
 import struct
 import tarfile
@@ -14,6 +15,8 @@ from PIL import Image
 from torchvision import datasets
 
 from apot_fat.data import FileBatches, FileSet, ImageSet, load_dataset
+from apot_fat.training import TrainConfig
+from apot_fat.training.build import load_config_dataset
 
 
 @pytest.fixture
@@ -66,6 +69,33 @@ def test_folder_mistakes(image_folder: Path) -> None:
         load_dataset(str(image_folder))
     with pytest.raises(ValueError, match="holds no class folders"):
         load_dataset(str(image_folder / "train/cat"), test_source=str(image_folder / "val"))
+
+
+@pytest.mark.parametrize("damaged", ["train/cat/0.png", "train/cat/2.png", "train/dog/3.png"])
+@pytest.mark.parametrize("side", [12, 70])  # decoded one by one, or by threads
+def test_damaged_images_are_left_out_and_counted(
+    image_folder: Path, damaged: str, side: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = load_dataset(str(image_folder), image_size=side).train
+    assert isinstance(whole, ImageSet)
+    for name in (damaged, "val/dog/1.png"):
+        (image_folder / name).write_bytes((image_folder / name).read_bytes()[:60])
+    with pytest.raises(ValueError, match=rf"{damaged}: not a readable image .*leave such images out with --on-damaged"):
+        load_dataset(str(image_folder), image_size=side)
+    config = TrainConfig(data=str(image_folder), image_size=side, on_damaged="skip")
+    with caplog.at_level(logging.WARNING, logger="apot_fat"):
+        dataset = load_config_dataset(config)
+    kept = [i for i in range(8) if i != ["cat", "dog"].index(damaged[6:9]) * 4 + int(damaged[10])]
+    assert isinstance(dataset.train, ImageSet)
+    assert torch.equal(dataset.train.images_NHWC, whole.images_NHWC[kept])
+    assert torch.equal(dataset.train.labels_N, whole.labels_N[kept])
+    assert dataset.test.labels_N.tolist() == [0, 0, 1]
+    assert [record.getMessage().split(", ")[-1] for record in caplog.records] == ["left out (1 so far)"] * 2
+    assert damaged in caplog.text
+    for file in (image_folder / "train").glob("*/*"):
+        file.write_text("no image")
+    with pytest.raises(ValueError, match="train: none of its 8 images can be read"):
+        load_config_dataset(config)
 
 
 def linked(source: Path, folder: Path, levels: int) -> Path:
@@ -129,20 +159,48 @@ def test_a_hostile_image(image_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_hostile_npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def written(name: str, header: str, size: int) -> str:
+    def written(name: str, shape: str, size: int) -> str:
         with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
-            text = f"{header}\n".encode()
-            archive.writestr("images.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(size))
-            archive.writestr("labels.npy", b"")
+            for array, own in (("images", shape), ("labels", "(1000,)")):
+                text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {own}}}\n".encode()
+                header = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+                archive.writestr(f"{array}.npy", header + bytes(size))
         return str(tmp_path / name)
 
-    claim = "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000, 3, 1000, 1000)}"
-    huge = written("huge.npz", claim, 100)
-    bomb = written("bomb.npz", claim, 3_000_000)
+    huge = written("huge.npz", "(1000, 3, 1000000, 1000000)", 100)
+    bomb = written("bomb.npz", "(1000, 3, 32, 32)", 3_072_000)
+    cut = written("cut.npz", "(1000, 3, 8, 8)", 3000)
     monkeypatch.setattr("apot_fat.data.sources.MAX_BYTES_IN_MEMORY", 1 << 20)
-    for path in (huge, bomb, "/dev/zero"):
+    for path in (huge, bomb):
+        with pytest.raises(ValueError, match=r"of images and labels, at most 0 are read; make it a folder"):
+            load_dataset(path, need_train=False)
+    deep = written("deep.npz", "(" * 4000, 0)
+    negative = written("negative.npz", "(1000, 3, -8, 8)", 100)
+    for path in (cut, deep, negative, "/dev/zero"):
         with pytest.raises(ValueError, match=r"not an \.npz file"):
             load_dataset(path, need_train=False)
+
+
+def test_labels_of_an_npz_are_checked_before_anything_is_as_long_as_they_are_large(tmp_path: Path) -> None:
+    images = np.zeros((2, 3, 8, 8), np.uint8)
+    path = str(tmp_path / "a.npz")
+    for label, dtype in ((1 << 33, "i8"), ((1 << 63) + 5, "u8"), (20_000_000, "i4"), (65_536, ">u4"), (-1, "i1")):
+        np.savez(path, images=images, labels=np.array([0, label], dtype))
+        with pytest.raises(ValueError, match=rf"^{path}: label {label}, expected integers from 0 to 65,535$"):
+            load_dataset(path, need_train=False)
+    wrong: list[Any] = [np.array([0, value]) for value in (np.nan, 0.5, None, "1", np.timedelta64(1))]
+    for labels in (*wrong, np.array([False, True]), np.zeros((2, 1), int), np.int64(0)):
+        np.savez(path, images=images, labels=labels)
+        with pytest.raises(ValueError, match=r"labels [^ ]* \(.*\), expected 2 integers from 0 to 65,535$"):
+            load_dataset(path, need_train=False)
+    for shape in ((2, 3, 0, 8), (2, 0, 0, 3), (0, 3, 8, 8)):
+        np.savez(path, images=np.zeros(shape, np.uint8), labels=np.zeros(shape[0], int))
+        with pytest.raises(ValueError, match="at least one"):
+            load_dataset(path, need_train=False)
+    np.savez(path, images=images, labels=np.array([7, 65_535], ">u2"))
+    dataset = load_dataset(path, need_train=False)
+    assert dataset.test.labels_N.tolist() == [7, 65_535]
+    assert len(dataset.classes) == 65_536
 
 
 def test_jpeg_pixels_are_the_decoded_ones(tmp_path: Path) -> None:

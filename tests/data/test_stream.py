@@ -80,9 +80,9 @@ def test_an_epoch_goes_on_at_a_batch_with_the_same_bits(files: FileSet, workers:
 def test_nothing_before_the_position_is_decoded(files: FileSet, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[Path] = []
 
-    def counting(path: Path) -> Image.Image:
+    def counting(path: Path, shorter_side: int) -> Image.Image:
         decoded.append(path)
-        return read_image(path)
+        return read_image(path, shorter_side)
 
     monkeypatch.setattr("apot_fat.data.stream.read_image", counting)
     batches = FileBatches(files, 2, CPU, GREY, UNIT, image_size=24, training=True, workers=0)
@@ -104,12 +104,12 @@ def test_processes_share_the_images(files: FileSet) -> None:
 def test_a_damaged_image_is_named_or_left_out(files: FileSet, caplog: pytest.LogCaptureFixture) -> None:
     broken = files.path(4)
     broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(ValueError, match=rf"{broken.name}: not a readable image; mend it, or .*--on-damaged skip"):
+    with pytest.raises(ValueError, match=rf"{broken.name}: not a readable image .*; mend it, or .*--on-damaged skip"):
         epoch(files)
     with caplog.at_level(logging.WARNING, logger="apot_fat"):
         x, labels = epoch(files, on_damaged="skip")
     assert len(x) == len(labels) == 8
-    assert f"{broken}: not a readable image, left out (1 so far)" in caplog.text
+    assert f"{broken}: not a readable image (JPEG, PNG or WebP), left out (1 so far)" in caplog.text
     for index in range(4):
         files.path(index).write_bytes(b"")
     with pytest.raises(ValueError, match="a whole batch of unreadable images"):

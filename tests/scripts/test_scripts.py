@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from apot_fat import clipping_table, save_packed
-from apot_fat.checkpoint import load_packed, write_checkpoint
+from apot_fat.checkpoint import load_packed, read_checkpoint, write_checkpoint
 from apot_fat.models import create_model
 from apot_fat.quant.all_layers import quant_layers
 from apot_fat.quant.seam import get_kernels
@@ -112,8 +112,14 @@ def test_progressive_prints_table_and_figure(run: Run, data: tuple[object, ...],
     assert re.search(r"^network +method +bits", out, re.MULTILINE)
     assert Path(out.rsplit("figure: ", 1)[1].strip()).is_file()
     assert 'init = "out/resnet20_4bit/model_best.pth.tar"' in Path("out/resnet20_3bit/config.toml").read_text()
-    code, out, _ = run("progressive.py", "--config", recipe, "--bits", "4,3", "--output", "out", *data)
+    beside = Path("out/resnet20_2bit/checkpoint.pth.tar")  # of a run that has finished no epoch
+    beside.parent.mkdir()
+    content = read_checkpoint("out/resnet20_3bit/checkpoint.pth.tar")
+    write_checkpoint({**content, "history": []}, beside)
+    code, out, err = run("progressive.py", "--config", recipe, "--bits", "4,3", "--output", "out", *data)
+    assert (code, err) == (0, "")
     assert out.count("finished before, skipped") == 2
+    assert "not in the table: out/resnet20_2bit: the run has finished no epoch yet" in out
 
 
 def test_digits_are_the_default_and_a_named_architecture_means_its_papers_data(run: Run) -> None:
@@ -138,6 +144,9 @@ def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
     np.savez(many, images=np.zeros((2, 3, 8, 8), np.uint8), labels=np.array([0, 99]))
     unknown = tmp_path / "unknown.toml"
     unknown.write_text("learning = 1\n")
+    twice = tmp_path / "twice.toml"
+    twice.write_text("chain = [4, 4]\n")
+    to_int8 = ("--arch", "res20", "--to", "onnx", "--mode", "int8", "--output", "net.onnx")
     cases: list[tuple[str, tuple[object, ...], str]] = [
         ("train.py", ("--arch", "res21"), "unknown architecture 'res21' (did you mean 'resnet20'?)"),
         ("train.py", ("--bit", 0), "bit 0: choose an integer from 2 to 8, or 32"),
@@ -165,6 +174,19 @@ def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
         ),
         ("evaluate.py", ("--init", full, "--bit", 32, "--data", many), "has 10 outputs"),
         ("progressive.py", ("--bits", "4,x"), "bits '4,x': expected bit-widths"),
+        ("progressive.py", ("--bits", "4,3,4"), "bits '4,3,4': 4 twice; each has one run in the output folder"),
+        ("progressive.py", ("--config", twice), "chain [4, 4]: 4 twice"),
+        (
+            "export.py",
+            (full, *to_int8, "--data", many),
+            "holds a full-precision network; give a quantized one",
+        ),
+        (
+            "export.py",
+            (quantized, *to_int8, "--bit", 3),
+            "are measured on images: name some with --data",
+        ),
+        ("train.py", ("--resume", full), "not written by a training run of apot-fat"),
         ("progressive.py", ("--bits", "4,9"), "bits 9: choose an integer"),
         (
             "quantize.py",
@@ -222,6 +244,20 @@ def test_benchmark_prints_a_table_and_writes_json(run: Run) -> None:
     code, _, err = run("benchmark.py", "step", "--seconds", 0)
     assert code == 2
     assert err.count("\n") == 1
+
+
+def test_a_checkpoint_alone_says_how_its_run_goes_on(run: Run, data: tuple[object, ...]) -> None:
+    options = ("--arch", "res20", "--bit", 3, "--lr", 0.02, "--batch-size", 16, "--output", "one")
+    assert run("train.py", *data, *options, "--epochs", 1)[0] == 0
+    Path("one").rename("two")
+    code, out, err = run("train.py", "--resume", "two/res20_3bit/checkpoint.pth.tar", "--epochs", 2)
+    assert (code, err) == (0, "")
+    assert "lr_steps 150, 225: not reached in 2 epochs" in out
+    assert len(Path("two/res20_3bit/metrics.jsonl").read_text().splitlines()) == 2
+    assert not Path("one").exists()
+    code, _, err = run("train.py", "--resume", "two/res20_3bit/checkpoint.pth.tar", "--lr", 0.1)
+    assert code == 2
+    assert "was run with lr = 0.02, not 0.1" in err
 
 
 def test_report_of_a_run_and_a_checkpoint(run: Run, data: tuple[object, ...], tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Reconstruction:
     """
 
     steps: int = 150
-    joint_steps: int = 2500
+    joint_steps: int = 1500
     batch_size: int = 32
     drop: float = 0.5
     lr: float = 0.01
