@@ -288,7 +288,7 @@ def whole_run(device: torch.device, folder: Path, **values: Any) -> Found:
     evaluated = []
     for file in (best, packed):
         given = {"init": str(file), "device": str(device), "compile": "off", "data": "digits", "test_batch_size": 360}
-        evaluated.append(evaluate_request(Request(given, {}, None, Namespace(released=None))).correct)
+        evaluated.append(evaluate_request(Request(given, {}, None, Namespace(released=None, model=None))).correct)
     rows = [json.loads(line) for line in (path / METRICS).read_text(encoding="utf-8").splitlines()]
     for row in rows:
         del row["seconds"]
