@@ -9,8 +9,8 @@ import torch
 
 from apot_fat.checkpoint import fetch_released
 from apot_fat.command_line import Request, add_model_option, log
+from apot_fat.quant.all_layers import show_params
 from apot_fat.quant.diagnosis import odd_layers
-from apot_fat.quant.layers import show_params
 from apot_fat.training.build import load_config_dataset, make_batches, sample_images
 from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig

@@ -24,7 +24,7 @@ from apot_fat.export.onnx import ExportMode
 from apot_fat.models import create_model
 from apot_fat.optional import needed_for
 from apot_fat.quant.fake_quant import quantize_activation
-from apot_fat.quant.kernels import set_kernels
+from apot_fat.quant.seam import set_kernels
 from apot_fat.quant.spec import PRESETS, preset
 from apot_fat.text import aligned
 from apot_fat.timing import (

@@ -28,11 +28,10 @@ from apot_fat.checkpoint.weights import check_type, check_values, checkpoint_thr
 from apot_fat.models import create_model
 from apot_fat.optional import needed_for
 from apot_fat.quant.convert import convert_layer, fold_weight
-from apot_fat.quant.fake_quant import positive
 from apot_fat.quant.integers import EIGHT_BIT_DENOMINATOR, integer_weight
-from apot_fat.quant.kernels import along_rows
 from apot_fat.quant.layers import AnyQuantized, EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
 from apot_fat.quant.spec import FLOAT_BITS, QuantSpec
+from apot_fat.quant.units import along_rows, threshold_in_use
 
 PACKED_SUFFIX = ".safetensors"
 FORMAT = "apot-fat packed"
@@ -347,7 +346,7 @@ def _left_over(model: nn.Module, layers: Mapping[str, nn.Module], packed: Mappin
         if name in packed or (layer in layers and kind == "transform"):
             continue
         is_alpha = layer in layers and kind in ("weight_alpha", "act_alpha")
-        left[name] = (positive(tensor) if is_alpha else tensor).detach().cpu()
+        left[name] = (threshold_in_use(tensor) if is_alpha else tensor).detach().cpu()
     return left
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from apot_fat.checkpoint.files import read_checkpoint
 from apot_fat.plain import missing_values
-from apot_fat.quant.fake_quant import positive
-from apot_fat.quant.layers import quant_layers
+from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.units import threshold_in_use
 
 STATE_KEYS = ("state_dict", "model")  # under which published checkpoints keep the weights
 BEST_KEYS = ("best_prec", "best_acc1", "best_top1_acc")  # and the best accuracy, %
@@ -186,7 +186,8 @@ def checkpoint_thresholds(
             if name.endswith(f".{suffix}"):
                 check_type(published, tensor, torch.float32, label)
                 check_values(published, tensor, label)
-                mean = positive(tensor).mean(dtype=torch.promote_types(tensor.dtype, torch.float32)).item()
+                alpha = threshold_in_use(tensor)
+                mean = alpha.mean(dtype=torch.promote_types(tensor.dtype, torch.float32)).item()
                 found.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = mean
     return {layer: (alphas.get("weight_alpha"), alphas.get("act_alpha")) for layer, alphas in found.items()}
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apot_fat.quant.fake_quant import keeps_negatives, positive
+from apot_fat.quant.fake_quant import keeps_negatives
 from apot_fat.quant.layers import QuantConv2d, QuantLinear
 from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.spec import InputClip
+from apot_fat.quant.units import threshold_in_use
 
 if TYPE_CHECKING:
     import onnx
@@ -49,11 +50,11 @@ class Projection:
     @classmethod
     def of(cls, layer: QuantConv2d | QuantLinear) -> Projection | None:
         """A layer's, or None where it takes its input as it is."""
-        levels = layer._act_set
+        levels = layer.act_set
         if layer.act_alpha is None or levels is None:
             return None
         signed = layer.spec.act_signed and not layer.relu
-        return cls(levels, positive(layer.act_alpha.detach()).float().item(), layer._input_clip, signed)
+        return cls(levels, threshold_in_use(layer.act_alpha.detach()).float().item(), layer.input_clip, signed)
 
     @property
     def keeps_negatives(self) -> bool:

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apot_fat.quant.fake_quant import positive
+from apot_fat.quant.all_layers import quant_layers
 from apot_fat.quant.integers import Integers, integer_input, integer_weight, shift_terms
-from apot_fat.quant.kernels import along_rows
-from apot_fat.quant.layers import QuantConv2d, QuantLinear, quant_layers
+from apot_fat.quant.layers import QuantConv2d, QuantLinear
+from apot_fat.quant.units import along_rows, threshold_in_use
 from apot_fat.quant.watching import watch_inputs
 
 Arithmetic = Literal["multiply", "shift"]
@@ -181,9 +181,9 @@ def simulated_accumulator(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor
         raise ValueError(f"{layer}: has no accumulator; it needs quantized weight and input")
     x_q, w_q = layer.quantized_input(x).double(), layer.quantized_weight().double()
     product = layer._conv_forward(x_q, w_q, None) if isinstance(layer, QuantConv2d) else F.linear(x_q, w_q)
-    weight_unit = positive(layer.weight_alpha).double() / layer.spec.weight_set.denominator
+    weight_unit = threshold_in_use(layer.weight_alpha).double() / layer.spec.weight_set.denominator
     weight_unit = along_rows(weight_unit, _output_dims(layer))
-    input_unit = positive(layer.act_alpha).double() / layer.spec.act_set.denominator
+    input_unit = threshold_in_use(layer.act_alpha).double() / layer.spec.act_set.denominator
     return (product / (weight_unit * input_unit)).round().to(torch.int64)
 
 

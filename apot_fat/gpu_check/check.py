@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from apot_fat.quant.kernels import get_kernels, set_kernels
+from apot_fat.quant.seam import get_kernels, set_kernels
 from apot_fat.text import aligned
 from apot_fat.training.interruption import InterruptedRunError
 

@@ -19,7 +19,7 @@ from apot_fat.data import Batches, ImageSet
 from apot_fat.gpu_check.check import Check, Found, Item
 from apot_fat.gpu_check.runs import small_network
 from apot_fat.quant.fake_quant import quantize_activation
-from apot_fat.quant.kernels import set_kernels
+from apot_fat.quant.seam import set_kernels
 from apot_fat.quant.spec import QuantSpec, preset
 from apot_fat.timing import forward_backward, median_milliseconds, passes_over, training_step
 from apot_fat.training import Result, TrainConfig, train_epoch

@@ -1,5 +1,24 @@
-"""Quantization: levels → fake quantization → frequency transform → layers. Needs torch alone."""
+"""Quantization. Needs torch alone.
 
+The method, each importing from those before it: ``levels``, ``spec``, ``units``, ``projection`` (the nearest level),
+``seam``, ``fake_quant`` (forward and gradient), ``frequency`` (FAT's transform), ``normalization``, ``layers``,
+``all_layers`` (of a network), ``thresholds`` (their start), ``integers``; on them build ``convert``, ``measure`` and
+``diagnosis``.
+
+Its speed: ``fast``, which may import all of these. None of them imports ``fast`` or knows what is in it: they ask
+``seam.speed``, where the plain answers are and ``fast`` puts its own. Without that folder all is right and slower.
+"""
+
+import os
+
+from apot_fat.quant.all_layers import (
+    LayerClipping,
+    clipping_table,
+    keep_thresholds_positive,
+    quant_layers,
+    set_bits,
+    show_params,
+)
 from apot_fat.quant.convert import (
     Allocation,
     Conversion,
@@ -10,32 +29,23 @@ from apot_fat.quant.convert import (
     quantize,
     reconstruct,
 )
-from apot_fat.quant.fake_quant import ALPHA_FLOOR, eight_bit_weight, project, quantize_activation, quantize_weight
+from apot_fat.quant.fake_quant import eight_bit_weight, quantize_activation, quantize_weight
 from apot_fat.quant.frequency import frequency_transform, weight_deactivate_freq
-from apot_fat.quant.kernels import get_kernels, set_kernels
-from apot_fat.quant.layers import (
-    EightBitConv2d,
-    EightBitLinear,
-    LayerClipping,
-    QuantConv2d,
-    QuantLinear,
-    clipping_table,
-    keep_thresholds_positive,
-    normalize_weight,
-    quant_layers,
-    set_bits,
-    show_params,
-)
-from apot_fat.quant.levels import (
-    LevelSet,
-    apot_levels,
-    build_power_value,
-    level_set,
-    pot_levels,
-    uniform_levels,
-)
+from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
+from apot_fat.quant.levels import LevelSet, apot_levels, build_power_value, level_set, pot_levels, uniform_levels
+from apot_fat.quant.normalization import normalize_weight
+from apot_fat.quant.projection import project
+from apot_fat.quant.seam import get_kernels, set_kernels
 from apot_fat.quant.spec import FLOAT_BITS, PRESETS, QuantSpec, preset
 from apot_fat.quant.thresholds import fit_threshold, initialize_thresholds
+from apot_fat.quant.units import ALPHA_FLOOR
+
+try:
+    import apot_fat.quant.fast  # noqa: F401  # puts its answers into the seam
+except ModuleNotFoundError as error:
+    if error.name != "apot_fat.quant.fast":
+        raise
+set_kernels(os.environ.get("APOT_FAT_KERNELS", "auto"))
 
 __all__ = [
     "ALPHA_FLOOR",

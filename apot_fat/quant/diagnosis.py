@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from apot_fat.quant.fake_quant import ALPHA_FLOOR, keeps_negatives
-from apot_fat.quant.layers import CONSTANT, QuantConv2d, QuantLinear, quant_layers
+from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.fake_quant import keeps_negatives
+from apot_fat.quant.layers import QuantConv2d, QuantLinear
+from apot_fat.quant.normalization import CONSTANT
+from apot_fat.quant.units import ALPHA_FLOOR
 from apot_fat.quant.watching import evaluation_mode, watch_inputs
 
 
@@ -48,7 +51,7 @@ def _reasons(layer: QuantConv2d | QuantLinear, x: Tensor) -> list[str]:
         if (layer.weight_alpha <= ALPHA_FLOOR).any():
             reasons.append("its weight threshold is at its floor: lower weight_alpha_lr")
     if layer.act_alpha is not None:
-        negatives = keeps_negatives(spec.act_set, layer._input_clip, spec.act_signed and not layer.relu)
+        negatives = keeps_negatives(spec.act_set, layer.input_clip, spec.act_signed and not layer.relu)
         if not (x != 0 if negatives else x > 0).any():
             reasons.append(f"its input is {'0' if negatives else 'nowhere above 0'} and quantized to 0")
         if (layer.act_alpha <= ALPHA_FLOOR).any():

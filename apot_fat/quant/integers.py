@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apot_fat.quant.fake_quant import numerators, positive
-from apot_fat.quant.kernels import along_rows
 from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
+from apot_fat.quant.units import along_rows, threshold_in_use
 
 EIGHT_BIT_DENOMINATOR = 127
 _MAX_DENOMINATOR = 1 << 31
@@ -53,7 +52,7 @@ def integer_weight(layer: torch.nn.Module) -> Integers | None:
         return _integers(layer.quantized_weight(), EIGHT_BIT_DENOMINATOR, scale)
     if not isinstance(layer, QuantConv2d | QuantLinear) or layer.weight_alpha is None:
         return None
-    return _integers(layer.quantized_weight(), layer.spec.weight_set.denominator, positive(layer.weight_alpha))
+    return _integers(layer.quantized_weight(), layer.spec.weight_set.denominator, threshold_in_use(layer.weight_alpha))
 
 
 @torch.no_grad()
@@ -69,7 +68,12 @@ def integer_input(layer: QuantConv2d | QuantLinear, x: Tensor) -> Integers | Non
     """
     if layer.act_alpha is None:
         return None
-    return _integers(layer.quantized_input(x), layer.spec.act_set.denominator, positive(layer.act_alpha))
+    return _integers(layer.quantized_input(x), layer.spec.act_set.denominator, threshold_in_use(layer.act_alpha))
+
+
+def numerators_of(value: Tensor, scale: Tensor, denominator: int) -> Tensor:
+    """The integers n of quantized values s n / d, int64; s 0-d or one a row."""
+    return (value.double() / along_rows(scale.double(), value.dim()) * denominator).round().to(torch.int64)
 
 
 class ShiftTerms(NamedTuple):
@@ -133,4 +137,4 @@ def _bit_length(numbers: Tensor) -> int:
 def _integers(value: Tensor, denominator: int, scale: Tensor) -> Integers:
     if denominator > _MAX_DENOMINATOR:
         raise ValueError(f"levels over {denominator}: integers over at most 2^31 are supported; use fewer bits")
-    return Integers(numerators(value, scale, denominator), denominator, scale.detach().clone())
+    return Integers(numerators_of(value, scale, denominator), denominator, scale.detach().clone())

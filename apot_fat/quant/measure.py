@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apot_fat.quant.fake_quant import positive
 from apot_fat.quant.frequency import frequency_transform
 from apot_fat.quant.integers import integer_weight
-from apot_fat.quant.kernels import along_rows
 from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
 from apot_fat.quant.levels import LevelSet
+from apot_fat.quant.units import along_rows, threshold_in_use
 from apot_fat.quant.watching import evaluation_mode, watch_inputs
 
 BINS = 80
@@ -135,7 +134,7 @@ def measure_layers(
 def measure_weight(layer: nn.Conv2d | nn.Linear) -> Distribution:
     """The weight of a layer before projection and the levels it lands on; with a threshold a channel in its unit."""
     if isinstance(layer, QuantConv2d | QuantLinear) and layer.weight_alpha is not None:
-        w, q, alpha = layer.transformed_weight(), layer.quantized_weight(), positive(layer.weight_alpha)
+        w, q, alpha = layer.transformed_weight(), layer.quantized_weight(), threshold_in_use(layer.weight_alpha)
         if not alpha.dim():
             levels = _signed(layer.spec.weight_set, float(alpha))
             return distribution(w, q, levels, (levels[0], levels[-1]))
@@ -159,7 +158,7 @@ def measure_input(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Distribution:
         return distribution(value, value)
     q = layer.quantized_input(x)
     value = F.relu(x) if layer.relu else x
-    alpha, act_set, signed = float(positive(layer.act_alpha)), layer.spec.act_set, layer.spec.act_signed
+    alpha, act_set, signed = float(threshold_in_use(layer.act_alpha)), layer.spec.act_set, layer.spec.act_signed
     if signed:
         return distribution(value, q, _signed(act_set, alpha), (-alpha, alpha))
     step = alpha / act_set.denominator
@@ -267,4 +266,4 @@ def _signed(levels: LevelSet, alpha: float) -> list[float]:
 
 
 def _number(alpha: Any) -> float | None:
-    return None if alpha is None else float(positive(alpha.detach()).mean())
+    return None if alpha is None else float(threshold_in_use(alpha.detach()).mean())

@@ -11,14 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apot_fat.quant.all_layers import keep_thresholds_positive, quant_layers
 from apot_fat.quant.fake_quant import quantize_weight
-from apot_fat.quant.layers import (
-    QuantConv2d,
-    QuantLinear,
-    initial_step_threshold,
-    keep_thresholds_positive,
-    quant_layers,
-)
+from apot_fat.quant.layers import QuantConv2d, QuantLinear, initial_step_threshold
 from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.sampling import sample, sample_columns
 from apot_fat.quant.watching import evaluation_mode, watch_inputs

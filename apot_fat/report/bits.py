@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from apot_fat.quant.layers import quant_layers
+from apot_fat.quant.all_layers import quant_layers
 from apot_fat.quant.spec import FLOAT_BITS, QuantSpec, preset
 from apot_fat.training.config import TrainConfig
 

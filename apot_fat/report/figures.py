@@ -10,7 +10,7 @@ import torch
 
 from apot_fat.checkpoint import atomic_write, read_checkpoint
 from apot_fat.optional import needed_for
-from apot_fat.quant.layers import quant_layers
+from apot_fat.quant.all_layers import quant_layers
 from apot_fat.training.folder import BEST, LAST, RunSummary
 from apot_fat.training.network import open_network
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apot_fat.optional import needed_for
-from apot_fat.quant.layers import quant_layers
+from apot_fat.quant.all_layers import quant_layers
 from apot_fat.quant.measure import measure_inputs, measure_weight
 from apot_fat.training.config import TrainConfig
 

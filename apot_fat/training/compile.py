@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from apot_fat.quant.kernels import compiler_works, inductor_options, set_kernels
-from apot_fat.quant.layers import kept_weights
+from apot_fat.quant import seam
+from apot_fat.quant.seam import set_kernels
 from apot_fat.quant.spec import KernelChoice
 from apot_fat.text import one_line
 
@@ -42,9 +42,9 @@ def compile_network(model: nn.Module, mode: str, device: torch.device, *, cuda_g
         ValueError: ``quantizers`` or ``model`` without a working compiler.
     """
     choose_kernels(mode)
-    if mode in ("quantizers", "model") and not compiler_works(device.type):
+    if mode in ("quantizers", "model") and not seam.speed.compiler_works(device.type):
         raise ValueError(f"compile {mode!r}: no working compiler for {device.type}: install one, or choose off")
-    whole = mode == "model" or (mode == "auto" and device.type == "cuda" and compiler_works("cuda"))
+    whole = mode == "model" or (mode == "auto" and device.type == "cuda" and seam.speed.compiler_works("cuda"))
     if not whole:
         return model
     # FAT's Fourier transforms are library calls in any case
@@ -58,7 +58,7 @@ class _CompiledNetwork(nn.Module):
     def __init__(self, model: nn.Module, device: torch.device, cuda_graphs: bool, *, may_fall_back: bool) -> None:
         super().__init__()
         self.model, self.cuda_graphs, self.may_fall_back = model, cuda_graphs, may_fall_back
-        options = {**inductor_options(device.type), **({"triton.cudagraphs": True} if cuda_graphs else {})}
+        options = {**seam.speed.inductor_options(device.type), **({"triton.cudagraphs": True} if cuda_graphs else {})}
         # a size of its own for the short last batch, or all batches after it would run a slower graph for any size
         self.graph = torch.compile(model, fullgraph=True, dynamic=False, options=options)
 
@@ -66,7 +66,7 @@ class _CompiledNetwork(nn.Module):
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         try:
-            with kept_weights(self.model):
+            with seam.speed.kept_weights(self.model):
                 return cast(Tensor, self.graph(x))
         except TorchDynamoException as error:
             if not self.may_fall_back:

@@ -23,7 +23,7 @@ from apot_fat.checkpoint import (
     torchvision_weights,
 )
 from apot_fat.models import create_model, find_architecture, list_models, register
-from apot_fat.quant.layers import quant_layers
+from apot_fat.quant.all_layers import quant_layers
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.recorded import recorded_config

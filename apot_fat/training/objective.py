@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apot_fat.data.sharding import Batch
-from apot_fat.quant.fake_quant import positive
-from apot_fat.quant.kernels import along_rows
-from apot_fat.quant.layers import quant_layers
+from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.units import along_rows, threshold_in_use
 
 
 class Objective:
@@ -127,7 +126,7 @@ def distance_to_levels(model: nn.Module) -> Tensor:
             continue
         with torch.no_grad():
             q = layer.quantized_weight()
-            alpha = along_rows(positive(layer.weight_alpha), q.dim())
+            alpha = along_rows(threshold_in_use(layer.weight_alpha), q.dim())
         w = layer.transformed_weight()
         distances.append((q - w.clamp(-alpha, alpha)).square().sum())
     return torch.stack(distances).sum() if distances else torch.zeros((), device=next(model.parameters()).device)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import nn
 
-from apot_fat.quant.layers import quant_layers
+from apot_fat.quant.all_layers import quant_layers
 from apot_fat.training.config import TrainConfig
 
 log = logging.getLogger("apot_fat")

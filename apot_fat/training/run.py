@@ -13,8 +13,8 @@ from torch import Tensor
 
 from apot_fat.data import Batches, Dataset, Sharding
 from apot_fat.data.sharding import mix_seed
+from apot_fat.quant.all_layers import clipping_table, keep_thresholds_positive
 from apot_fat.quant.diagnosis import odd_layers
-from apot_fat.quant.layers import clipping_table, keep_thresholds_positive
 from apot_fat.training.averaging import WeightAverage
 from apot_fat.training.build import (
     image_shape,

@@ -18,8 +18,8 @@ from apot_fat.checkpoint import (
     torchvision_weights,
 )
 from apot_fat.data import Batches, FileSet, ImageSet
+from apot_fat.quant.all_layers import quant_layers, set_bits
 from apot_fat.quant.convert import Reconstruction, reconstruct
-from apot_fat.quant.layers import quant_layers, set_bits
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.quant.thresholds import initialize_thresholds
 from apot_fat.training.build import unlabelled_images

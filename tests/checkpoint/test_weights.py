@@ -15,7 +15,7 @@ from apot_fat.data import ImageBatches, ImageSet
 from apot_fat.data.normalization import CIFAR_APOT
 from apot_fat.models import create_model
 from apot_fat.quant import ALPHA_FLOOR
-from apot_fat.quant.layers import clipping_table
+from apot_fat.quant.all_layers import clipping_table
 from apot_fat.training import evaluate
 
 QUANTIZER = re.compile(r"\.(weight_alpha|act_alpha|transform)$")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from apot_fat.quant.kernels import set_kernels
+from apot_fat.quant.seam import set_kernels
 from tests.fake_cuda import FakeCuda, fake_cuda
 
 

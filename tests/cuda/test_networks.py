@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apot_fat.data import Batch, Batches
-from apot_fat.quant import layers
+from apot_fat.quant.fast import layer_output
 from apot_fat.training.averaging import WeightAverage
 from apot_fat.training.build import make_batches
 from apot_fat.training.optim import make_optimizer
@@ -84,7 +84,7 @@ def test_training_otherwise(tmp_path: Path, preset: str, values: dict[str, Any])
 
 @pytest.mark.parametrize("preset", ["apot-cifar", "lsq"])  # with bytes for the levels, and without
 def test_training_that_remembers_inputs(tmp_path: Path, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "REMEMBER_ELEMENTS", 0)
+    monkeypatch.setattr(layer_output, "REMEMBER_ELEMENTS", 0)
     compare(lambda device, _: works.training(device, "resnet20", preset), tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_what_is_looked_at_and_written(tmp_path: Path, arch: str, preset: str, o
 
 @pytest.mark.parametrize("method", ["apot", "fat", "uniform"])
 def test_conversion(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "REMEMBER_ELEMENTS", 0)
+    monkeypatch.setattr(layer_output, "REMEMBER_ELEMENTS", 0)
     compare(lambda device, folder: works.conversion(device, folder, method), tmp_path)
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from apot_fat.models.imagenet_resnet import Bottleneck, ImageNetResNet
 from apot_fat.models.registry import LayerMaker
-from apot_fat.quant import layers, preset
+from apot_fat.quant import preset
+from apot_fat.quant.fast import layer_output
 from apot_fat.training.build import make_batches
 from apot_fat.training.optim import make_optimizer
 from tests.cuda import works
@@ -47,26 +48,28 @@ NOT_REACHED = {
     ],
     "on the CPU by what they are: copies of networks for export (test_networks.py exports one), products of bytes": [
         "export.*",
-        "quant.byte_product:*",
-        "quant.fake_quant:activation_codes",
+        "quant.fast.byte_product:*",
+        "quant.fast.codes:activation_codes",
         "quant.integers:integer_input",
     ],
     "compiled code alone": [
-        "quant.fake_quant:_round_to_power_of_two",
-        "quant.fake_quant:_search",
-        "quant.kernels:_probe",
-        "quant.kernels:_size_class",
-        "quant.layers:kept_weights",
+        "quant.fast.kernels:_probe",
+        "quant.fast.kernels:_size_class",
+        "quant.fast.kept:_keep_for_graphs",
+        "quant.fast.kept:kept_weights",
+        "quant.fast.projection:_round_to_power_of_two",
+        "quant.fast.projection:search",
         "training.compile:*",
     ],
     "several processes": ["training.distributed:*", "training.sharded:*"],
     "they ask for a true GPU": ["gpu_check.*", "timing:*"],
     "a whole run, see test_run.py": [
-        "quant.layers:show_params",
+        "quant.all_layers:show_params",
         "training.folder:*",
         "training.teacher:_Renormalized.*",
     ],
-    "never called by the package": ["quant.convert.calibration:_Mark.backward", "quant.fake_quant:project"],
+    "without quant.fast alone": ["quant.projection:*", "quant.seam:Plain.*"],
+    "never called by the package": ["quant.convert.calibration:_Mark.backward"],
 }
 """Patterns of functions that the tour does not reach, by the reason."""
 
@@ -142,7 +145,7 @@ def tour(folder: Path, patch: pytest.MonkeyPatch) -> None:
     ImageNetResNet(block, Bottleneck, (1, 1, 1, 1), works.CLASSES).to(DEVICE)(torch.rand(2, 3, 32, 32, device=DEVICE))
     works.training(DEVICE, "resnet20", "fat-cifar", weight_per_channel=True)
     with patch.context() as patched:
-        patched.setattr(layers, "REMEMBER_ELEMENTS", 0)
+        patched.setattr(layer_output, "REMEMBER_ELEMENTS", 0)
         run = works.config("resnet20", "apot-imagenet-pot", batch_size=4)
         model = works.network(DEVICE, run.arch, run.preset_name)
         works.epoch(model, run, _batches(run.arch, batch_size=4), make_optimizer(model, run), every=1)

@@ -37,8 +37,9 @@ from apot_fat.data import Batches, FileBatches, FileSet, ImageSet, Mixing, load_
 from apot_fat.evaluation import evaluate_request
 from apot_fat.export import simulated_accumulator
 from apot_fat.models import create_model
+from apot_fat.quant.all_layers import keep_thresholds_positive, quant_layers
 from apot_fat.quant.diagnosis import odd_layers
-from apot_fat.quant.layers import QuantConv2d, QuantLinear, keep_thresholds_positive, quant_layers
+from apot_fat.quant.layers import QuantConv2d, QuantLinear
 from apot_fat.quant.measure import measure_layers
 from apot_fat.report.bits import network_bits
 from apot_fat.training import Result, TrainConfig, evaluate, train, train_epoch

@@ -22,7 +22,7 @@ from apot_fat.export.int8 import best_range, linear_grid
 from apot_fat.export.integer import IntegerLayer
 from apot_fat.models import create_model
 from apot_fat.quant import QuantConv2d, QuantLinear, level_set, preset, quantize_activation
-from apot_fat.quant.byte_product import bytes_work
+from apot_fat.quant.fast.byte_product import bytes_work
 from apot_fat.quant.integers import integer_weight
 from apot_fat.quant.layers import EightBitConv2d, EightBitLinear
 from apot_fat.quant.spec import InputClip

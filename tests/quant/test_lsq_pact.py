@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from apot_fat import QuantConv2d, QuantLinear, load_weights, preset
 from apot_fat.models import create_model
 from apot_fat.quant import LevelSet, initialize_thresholds, level_set, quant_layers, quantize_weight
-from apot_fat.quant.kernels import set_kernels
+from apot_fat.quant.seam import set_kernels
 
 
 def lsq(v: Tensor, s: Tensor, lowest: int, highest: int, features: int) -> Tensor:
@@ -30,7 +30,7 @@ def lsq(v: Tensor, s: Tensor, lowest: int, highest: int, features: int) -> Tenso
 def test_sgd_on_the_threshold_is_sgd_on_lsq_s_step(
     bits: int, options: dict[str, Any], remembers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("apot_fat.quant.layers.REMEMBER_ELEMENTS", 0 if remembers else 1 << 62)
+    monkeypatch.setattr("apot_fat.quant.fast.layer_output.REMEMBER_ELEMENTS", 0 if remembers else 1 << 62)
     layer = QuantConv2d(3, 5, spec=preset("lsq", bits=bits), **options).double()
     x = torch.rand(4, 3, 6, 6).double()
     target = torch.randn_like(layer(x))

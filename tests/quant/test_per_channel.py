@@ -25,7 +25,7 @@ from apot_fat.quant import (
     quantize_weight,
     set_bits,
 )
-from apot_fat.quant.kernels import set_kernels
+from apot_fat.quant.seam import set_kernels
 
 
 def weight(shape: tuple[int, ...], layout: str) -> Tensor:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from apot_fat.quant import LevelSet, QuantConv2d, QuantLinear, level_set, preset, quantize_activation, quantize_weight
-from apot_fat.quant.kernels import set_kernels
+from apot_fat.quant.seam import set_kernels
 
 FAMILIES = st.sampled_from(["apot", "pot", "uniform"])
 BITS = st.integers(1, 5)

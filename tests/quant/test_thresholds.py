@@ -8,7 +8,7 @@ from torch import nn
 
 from apot_fat.models import create_model
 from apot_fat.quant import clipping_table, fit_threshold, initialize_thresholds, quant_layers
-from apot_fat.quant.kernels import set_kernels
+from apot_fat.quant.seam import set_kernels
 from apot_fat.quant.watching import watch_inputs
 
 

@@ -14,8 +14,9 @@ from torch import nn
 from apot_fat import clipping_table, weight_deactivate_freq
 from apot_fat.checkpoint import read_checkpoint
 from apot_fat.quant import QuantConv2d, QuantLinear, preset
-from apot_fat.quant.layers import normalize_weight, quant_layers
+from apot_fat.quant.all_layers import quant_layers
 from apot_fat.quant.measure import MOST_IMAGES, measure_input, measure_weight
+from apot_fat.quant.normalization import normalize_weight
 from apot_fat.report import cost_report
 from apot_fat.report.contents import Report, build_report
 from apot_fat.report.subject import Images, input_shape, load_images, load_subjects

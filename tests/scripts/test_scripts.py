@@ -14,8 +14,8 @@ import torch
 from apot_fat import clipping_table, save_packed
 from apot_fat.checkpoint import load_packed, read_checkpoint, write_checkpoint
 from apot_fat.models import create_model
-from apot_fat.quant.kernels import get_kernels
-from apot_fat.quant.layers import quant_layers
+from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.seam import get_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 

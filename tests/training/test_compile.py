@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from apot_fat import QuantConv2d, preset
-from apot_fat.quant.kernels import inductor_options
+from apot_fat.quant import seam
+from apot_fat.quant.fast.kernels import inductor_options
 from apot_fat.training import compile as training_compile
 from apot_fat.training.compile import compile_network
 
@@ -35,7 +36,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return compile_(model, backend=backend, **keywords)
 
     monkeypatch.setattr(torch, "compile", compile_as)
-    monkeypatch.setattr(training_compile, "compiler_works", lambda device_type: True)
+    monkeypatch.setattr(seam.speed, "compiler_works", lambda device_type: True)
     limit = torch._dynamo.config.recompile_limit
     yield seen
     torch._dynamo.config.recompile_limit = limit
@@ -70,7 +71,7 @@ def test_on_cuda_auto_is_the_whole_network_replayed_where_gradients_are_not_adde
         expected = inductor_options("cuda") | ({"triton.cudagraphs": True} if cuda_graphs else {})
         assert compilations.pop() == expected
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_compile, "compiler_works", lambda device_type: False)
+        patch.setattr(seam.speed, "compiler_works", lambda device_type: False)
         assert isinstance(compile_network(network(), "auto", GPU), nn.Sequential)
         with pytest.raises(ValueError, match="compile 'model': no working compiler for cuda"):
             compile_network(network(), "model", GPU)
@@ -100,7 +101,7 @@ def test_auto_falls_back_and_model_does_not(caplog: pytest.LogCaptureFixture) ->
 def test_what_evaluation_keeps_stays_where_a_graph_found_it(
     compilations: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("apot_fat.quant.layers.bytes_work", lambda: False)  # with them it keeps bytes
+    monkeypatch.setattr("apot_fat.quant.fast.kept.bytes_work", lambda: False)  # with them it keeps bytes
     model = network()
     compiled = compile_network(model, "model", CPU)
     layer: Any = model[0]  # type: ignore[index]
@@ -111,8 +112,8 @@ def test_what_evaluation_keeps_stays_where_a_graph_found_it(
         x = torch.randn(2, 3, 4, 4)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), model(x))
-        places.add(layer._graph_weight.data_ptr())
-        torch.testing.assert_close(layer._graph_weight, layer.quantized_weight().detach(), atol=0, rtol=0)
+        places.add(layer._kept.for_graphs.data_ptr())
+        torch.testing.assert_close(layer._kept.for_graphs, layer.quantized_weight().detach(), atol=0, rtol=0)
         compiled.train()
     assert len(places) == 1
     assert len([shapes for shapes in compilations if (2, 3, 4, 4) in shapes]) == 1  # one graph

@@ -10,7 +10,7 @@ import torch
 
 from apot_fat.checkpoint import read_checkpoint, write_checkpoint
 from apot_fat.models import create_model
-from apot_fat.quant.layers import quant_layers
+from apot_fat.quant.all_layers import quant_layers
 from apot_fat.quant.thresholds import initialize_thresholds
 from apot_fat.training import TrainConfig, evaluate, train
 from apot_fat.training.averaging import WeightAverage

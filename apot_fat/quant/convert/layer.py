@@ -27,7 +27,7 @@ def convert_layer(module: nn.Module, spec: QuantSpec | None) -> None:
     else:
         module.__class__ = QuantConv2d if is_conv else QuantLinear
         assert isinstance(module, QuantConv2d | QuantLinear)
-        module._init_quantizers(spec, relu=False)
+        module.add_quantizers(spec, relu=False)
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -60,17 +60,7 @@ def fold_weight(module: nn.Module, plain: type[nn.Module]) -> None:
         weight = nn.Parameter(module.quantized_weight().detach().clone(), requires_grad=module.weight.requires_grad)
     for name in ("weight_alpha", "act_alpha", "transform"):
         module._parameters.pop(name, None)
-    for name in (
-        "relu",
-        "fixed_bits",
-        "_spec",
-        "_weight_set",
-        "_act_set",
-        "_kept",
-        "_kept_bytes",
-        "_graph_weight",
-        "_graph_source",
-    ):
+    for name in ("relu", "fixed_bits", "_spec", "weight_set", "act_set", "_kept"):
         module.__dict__.pop(name, None)
     module.weight = weight
     module.__class__ = plain  # type: ignore[assignment]

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
+from apot_fat.quant.all_layers import keep_thresholds_positive
 from apot_fat.quant.convert.batches import Calibration, floating, read_batches, run_batch, split_batches
 from apot_fat.quant.convert.blocks import Block, Inputs, cloned, find_blocks
 from apot_fat.quant.convert.norms import BatchNorm, align_batch_norms, estimate_batch_norms
-from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear, keep_thresholds_positive
+from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear
 from apot_fat.quant.watching import evaluation_mode, watch_outputs
 
 _NORMS = (BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

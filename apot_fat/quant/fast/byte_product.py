@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apot_fat.quant.fake_quant import activation_codes, has_codes, numerators, positive
-from apot_fat.quant.kernels import run
+from apot_fat.quant.fast.codes import activation_codes, has_codes
+from apot_fat.quant.fast.kernels import pointwise
+from apot_fat.quant.fast.remade import ActSettings, ConvSettings
+from apot_fat.quant.integers import numerators_of
 from apot_fat.quant.levels import LevelSet
-from apot_fat.quant.product import ActSettings, ConvSettings
 from apot_fat.quant.spec import InputClip
+from apot_fat.quant.units import threshold_in_use
 from apot_fat.text import one_line
 
 _DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8")  # older instructions saturate sums of two products at 16 bits
@@ -61,12 +63,12 @@ def pack_weight(
         act: the input's levels.
         conv: the convolution, or None for a linear layer.
     """
-    exact = numerators(w_q, positive(weight_alpha), weights.denominator)
+    exact = numerators_of(w_q, threshold_in_use(weight_alpha), weights.denominator)
     if exact.numel() and int(exact.abs().flatten(1).sum(1).max()) * act.numerators[-1] > _MAX_SUM:
         return None
     codes = exact.to(torch.int8).contiguous()
-    scale = positive(weight_alpha).double() * positive(act_alpha).double() / (weights.denominator * act.denominator)
-    scales = scale.expand(len(w_q)).to(torch.float32).contiguous()
+    alphas = threshold_in_use(weight_alpha).double() * threshold_in_use(act_alpha).double()
+    scales = (alphas / (weights.denominator * act.denominator)).expand(len(w_q)).to(torch.float32).contiguous()
     if conv is None:
         packed = torch.ops.onednn.qlinear_prepack(codes, None)
     else:
@@ -98,7 +100,7 @@ def byte_product(
 
     Gradient: none.
     """
-    codes, nan = run(activation_codes, (x,), (alpha,), act.levels, act.clip, into=torch.uint8)
+    codes, nan = pointwise(activation_codes, (x,), (alpha,), act.levels, act.clip, into=torch.uint8)
     y = _product(codes, weight, bias, conv)
     if torch.compiler.is_compiling() or nan.isnan():  # bytes have no NaN
         y = y + _nan_of_each(x, conv)

@@ -1,24 +1,24 @@
 """How the quantizers' pointwise functions are run: compiled into one pass over memory, or eagerly.
 
-``run`` brings every tensor to one dimension in the order of its storage, so that a function is compiled once for all
-shapes and memory formats. ``set_kernels`` chooses; until then the environment variable ``APOT_FAT_KERNELS`` does.
+``pointwise`` brings every tensor to one dimension in the order of its storage, so that a function is compiled once for
+all shapes and memory formats. ``seam.set_kernels`` chooses.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import types
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from apot_fat.quant.spec import KernelChoice
+from apot_fat.quant.seam import Plain, get_kernels
+from apot_fat.quant.units import along_rows
 from apot_fat.text import one_line
 
 AUTO_ELEMENTS = 1 << 18
@@ -36,58 +36,21 @@ _ROUNDED_DIVISION = "eager_numerics.division_rounding"
 
 log = logging.getLogger("apot_fat")
 
-_choice: KernelChoice = "auto"
 
-
-def set_kernels(choice: str) -> None:
-    """Choose how quantizers run, for this process.
-
-    Args:
-        choice: ``compiled`` always, ``eager`` never compiles; ``auto``, the default, compiles where a compiler works,
-            and says once in the log which it is: on CUDA for tensors of any size, since launches cost the most there,
-            elsewhere for those of at least ``AUTO_ELEMENTS`` elements. But for ``eager`` layers in evaluation multiply
-            8-bit integers where they can (``apot_fat.quant.byte_product``).
-
-    Raises:
-        ValueError: another choice.
-    """
-    global _choice
-    if choice not in get_args(KernelChoice):
-        raise ValueError(f"kernels {choice!r}: choose one of {', '.join(get_args(KernelChoice))}")
-    _choice = choice  # type: ignore[assignment]
-
-
-def get_kernels() -> KernelChoice:
-    """The choice in force."""
-    return _choice
-
-
-set_kernels(os.environ.get("APOT_FAT_KERNELS", "auto"))
-
-
-def run(
+def pointwise(
     function: Callable[..., Any],
     tensors: Sequence[Tensor],
     scalars: Sequence[Tensor],
     *settings: Any,
     into: Tensor | torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    """Call a pointwise function, compiled or not.
+    """``seam.Plain.pointwise``, compiled where that is chosen.
 
-    Args:
-        function: (tensors, scalars, settings) → tensors of the shape of the tensors, and 0-d ones. No gradient.
-        tensors: of one shape; the memory format of the last comes back.
-        scalars: 0-d tensors; or (C,), one value for each row of tensors of shape (C, …).
-        settings: hashable constants.
-        into: where a compiled kernel may write the first result: ``tensors[0]``; or, given its type, memory of this
-            thread that the next such call overwrites. Fresh memory costs more than the pass itself on a CPU.
-
-    Returns:
-        The results, always as a tuple.
+    Only a compiled kernel writes ``into``: fresh memory costs more than the pass itself on a CPU.
     """
     like = tensors[-1]
     if torch.compiler.is_compiling():
-        return _as_tuple(function(*tensors, *(along_rows(scalar, like.dim()) for scalar in scalars), *settings))
+        return Plain.pointwise(function, tensors, scalars, *settings)
     rows = any(scalar.dim() for scalar in scalars)
     layout = _Layout(like, rows=rows)
     operands = [layout.flatten(tensor) for tensor in tensors]
@@ -110,11 +73,6 @@ def run(
     if isinstance(into, Tensor) and into.data_ptr() == shaped[0].data_ptr():
         return into, *shaped[1:]  # not a view of it: autograd adds to a gradient in place that nobody else holds
     return shaped
-
-
-def along_rows(values: Tensor, dim: int) -> Tensor:
-    """Values to multiply tensors of ``dim`` dimensions with: 0-d as it is; one a row, (C,), in the shape (C, 1, …)."""
-    return values.view(-1, *[1] * (dim - 1)) if values.dim() else values
 
 
 class _Layout:
@@ -185,9 +143,9 @@ def _probe(x: Tensor) -> Tensor:
 
 
 def _compiles(x: Tensor) -> bool:
-    if _choice == "eager" or x.numel() < 2:  # sizes 0 and 1 are never dynamic
+    if get_kernels() == "eager" or x.numel() < 2:  # sizes 0 and 1 are never dynamic
         return False
-    if _choice == "compiled":
+    if get_kernels() == "compiled":
         return True
     # on a GPU small tensors cost launches, and a quantizer that is not compiled is a dozen of them
     return (x.device.type == "cuda" or x.numel() >= AUTO_ELEMENTS) and compiler_works(x.device.type)

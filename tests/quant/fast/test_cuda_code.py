@@ -1,9 +1,9 @@
 """The quantizers' code for a GPU, generated and assembled on a machine without one.
 
-``kernels.run`` compiles for fake tensors on ``cuda:0``, and PyTorch is told that they lie on an H100. From there it is
-PyTorch's own way from a function to a kernel: graph, Triton source, and with Triton's compiler and the ``ptxas`` that
-comes with it PTX and machine code for sm_90. A whole network is traced on the CPU, since autograd asks the driver, and
-moved to ``cuda:0`` where Inductor takes over its forward and backward graphs.
+``kernels.pointwise`` compiles for fake tensors on ``cuda:0``, and PyTorch is told that they lie on an H100. From there
+it is PyTorch's own way from a function to a kernel: graph, Triton source, and with Triton's compiler and the ``ptxas``
+that comes with it PTX and machine code for sm_90. A whole network is traced on the CPU, since autograd asks the driver,
+and moved to ``cuda:0`` where Inductor takes over its forward and backward graphs.
 
 That shows: each function is compiled, and calls no library; quotients are correctly rounded; an index has the bits it
 needs; a kernel is right for every size that it is looked up for, and not one block's work where the tensor is large.
@@ -38,8 +38,11 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _triton
 
 from apot_fat import QuantConv2d, QuantLinear, preset
-from apot_fat.quant import fake_quant, kernels, level_set
-from apot_fat.quant.kernels import inductor_options, run, set_kernels
+from apot_fat.quant import fake_quant, level_set
+from apot_fat.quant.fast import codes as byte_codes
+from apot_fat.quant.fast import kernels
+from apot_fat.quant.fast.kernels import inductor_options, pointwise
+from apot_fat.quant.seam import set_kernels
 from apot_fat.quant.spec import PRESETS
 
 # before a launch PyTorch looks where tensors lie
@@ -137,9 +140,9 @@ class Compiler:
     graphs: list[Graph] = field(default_factory=list)
 
     def run(self, function: Callable[..., Any], tensors: tuple[Tensor, ...], *rest: Any, **options: Any) -> Graph:
-        """``kernels.run`` up to the launch: the graph that would run."""
+        """``kernels.pointwise`` up to the launch: the graph that would run."""
         with pytest.raises(NotLaunchedError) as caught:
-            run(function, tensors, *rest, **options)
+            pointwise(function, tensors, *rest, **options)
         return caught.value.graph
 
     def assemble(self, source: str, name: str) -> dict[str, Any]:
@@ -228,7 +231,7 @@ def fake(compiler: Compiler) -> Iterator[None]:
 def arguments(
     name: str, family: str, kind: str, *shape: int, thresholds: tuple[int, ...] = ()
 ) -> tuple[Callable[..., Any], Any, Any, Any]:
-    """A function of ``fake_quant``, and what ``run`` is given with it: tensors, scalars and settings."""
+    """A function of ``fake_quant``, and what ``pointwise`` is given with it: tensors, scalars and settings."""
     levels, dtype = level_set(family, 4), getattr(torch, kind)
     x, y, z = (torch.empty(shape, dtype=dtype, device=GPU) for _ in range(3))
     codes = torch.empty(shape, dtype=torch.uint8, device=GPU)
@@ -243,14 +246,19 @@ def arguments(
         "activation_backward_from_codes": ((x, codes, y), levels, "both", "full"),
     }
     tensors, *settings = operands[name]
-    return getattr(fake_quant, name), tensors, (torch.empty(thresholds, device=GPU),), settings
+    return (
+        getattr(byte_codes if "codes" in name else fake_quant, name),
+        tensors,
+        (torch.empty(thresholds, device=GPU),),
+        settings,
+    )
 
 
 def exists(name: str, family: str) -> bool:
     levels = level_set(family, 4)
     if levels.is_signed:
         return name.startswith("weight")
-    return "codes" not in name or fake_quant.has_codes(levels, "both")
+    return "codes" not in name or byte_codes.has_codes(levels, "both")
 
 
 def check_division(source: str) -> None:
@@ -342,7 +350,7 @@ def test_sizes_that_differ_in_their_code_are_given_kernels_of_their_own(monkeypa
     set_kernels("compiled")
     with FakeTensorMode():
         for size in (size for pair in SIZES for size in pair):
-            run(torch.mul, (torch.empty(size, device=GPU),), (torch.empty((), device=GPU),))
+            pointwise(torch.mul, (torch.empty(size, device=GPU),), (torch.empty((), device=GPU),))
     assert keys[::2] == keys[1::2]
     assert len(set(keys)) == len(SIZES)
 

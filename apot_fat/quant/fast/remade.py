@@ -14,24 +14,19 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from apot_fat.quant.fake_quant import (
-    activation_backward,
+from apot_fat.quant.fake_quant import activation_backward, activation_forward, scaled
+from apot_fat.quant.fast.codes import (
     activation_backward_from_codes,
-    activation_forward,
     activation_forward_with_codes,
     activation_from_codes,
     has_codes,
-    scaled,
 )
-from apot_fat.quant.kernels import run
+from apot_fat.quant.fast.kernels import pointwise
 from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.spec import ActAlphaGradient, InputClip
-
-REMEMBER_ELEMENTS = 1 << 18
-"""Inputs of at least this many elements are remembered instead of their quantized copies."""
 
 
 class ActSettings(NamedTuple):
@@ -50,6 +45,15 @@ class ConvSettings(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d) -> ConvSettings | None:
+        """A layer's, or None where it pads otherwise than with zeros on both sides."""
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return None
+        # a 1 x 1 convolution with a stride reads the values between never: they need no quantizing
+        skips = layer.kernel_size == (1, 1) and layer.padding == (0, 0)
+        return cls((1, 1) if skips else layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def quantized_product(
@@ -71,7 +75,7 @@ def quantized_product(
     """
     if torch.is_grad_enabled():
         return _QuantizedProduct.apply(x, alpha, w_q, bias, act, conv)
-    (x_q,) = run(activation_forward, (x,), (alpha,), act.levels, act.clip, into=x.dtype)
+    (x_q,) = pointwise(activation_forward, (x,), (alpha,), act.levels, act.clip, into=x.dtype)
     return _product(x_q, w_q, bias, conv)
 
 
@@ -88,9 +92,9 @@ class _QuantizedProduct(torch.autograd.Function):
     ) -> Tensor:
         settings = act.levels, act.clip
         if has_codes(*settings):
-            x_q, codes = run(activation_forward_with_codes, (x,), (alpha,), *settings, into=x.dtype)
+            x_q, codes = pointwise(activation_forward_with_codes, (x,), (alpha,), *settings, into=x.dtype)
         else:
-            (x_q,), codes = run(activation_forward, (x,), (alpha,), *settings, into=x.dtype), None
+            (x_q,), codes = pointwise(activation_forward, (x,), (alpha,), *settings, into=x.dtype), None
         y = _product(x_q, w_q, bias, conv)
         ctx.save_for_backward(x, codes, alpha, w_q)
         ctx.act, ctx.conv = act, conv
@@ -105,9 +109,9 @@ class _QuantizedProduct(torch.autograd.Function):
         act, conv = ctx.act, ctx.conv
         needs_x, needs_alpha, needs_w, needs_bias = ctx.needs_input_grad[:4]
         if codes is None:
-            (x_q,) = run(activation_forward, (x,), (alpha,), act.levels, act.clip, into=x.dtype)
+            (x_q,) = pointwise(activation_forward, (x,), (alpha,), act.levels, act.clip, into=x.dtype)
         else:
-            (x_q,) = run(activation_from_codes, (codes,), (alpha,), act.levels, x.dtype, into=x.dtype)
+            (x_q,) = pointwise(activation_from_codes, (codes,), (alpha,), act.levels, x.dtype, into=x.dtype)
         operands = grad, x_q.to(ctx.product_type), w_q.to(ctx.product_type)
         needs = [needs_x or needs_alpha, needs_w, needs_bias]
         grads = _linear_backward(*operands, needs) if conv is None else _conv_backward(*operands, conv, needs)
@@ -116,19 +120,14 @@ class _QuantizedProduct(torch.autograd.Function):
         if grad_x_q is not None:
             grad_x_q = grad_x_q.to(x.dtype)  # held by nobody else, so that it can be overwritten
             if codes is None:
-                grad_x, grad_alpha = run(activation_backward, (grad_x_q, x_q, x), (alpha,), *act[1:3], into=grad_x_q)
+                call = activation_backward, (grad_x_q, x_q, x), (alpha,), *act[1:3]
             else:
-                tensors = grad_x_q, codes, x
-                grad_x, grad_alpha = run(activation_backward_from_codes, tensors, (alpha,), *act[:3], into=grad_x_q)
+                call = activation_backward_from_codes, (grad_x_q, codes, x), (alpha,), *act[:3]
+            grad_x, grad_alpha = pointwise(*call, into=grad_x_q)
             grad_alpha = scaled(grad_alpha, act.grad_scale)
-        return (
-            grad_x,
-            grad_alpha,
-            None if grad_w is None else grad_w.to(w_q.dtype),
-            None if grad_bias is None else grad_bias.to(ctx.bias_type),
-            None,
-            None,
-        )
+        grad_w = None if grad_w is None else grad_w.to(w_q.dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(ctx.bias_type)
+        return grad_x, grad_alpha, grad_w, grad_bias, None, None
 
 
 def _product(x_q: Tensor, w_q: Tensor, bias: Tensor | None, conv: ConvSettings | None) -> Tensor:

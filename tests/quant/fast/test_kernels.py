@@ -12,8 +12,8 @@ from apot_fat import QuantConv2d, QuantLinear, preset
 from apot_fat.models import create_model, list_models
 from apot_fat.models.registry import find_architecture
 from apot_fat.quant import EightBitConv2d, level_set, quantize_activation, quantize_weight
-from apot_fat.quant.kernels import set_kernels
-from apot_fat.quant.layers import kept_weights
+from apot_fat.quant.fast.kept import kept_weights
+from apot_fat.quant.seam import set_kernels
 from apot_fat.quant.spec import PRESETS
 
 
@@ -87,7 +87,7 @@ def test_a_large_input_is_kept_for_backward_and_not_its_quantized_copy(
     name: str, from_elements: int, bytes_kept: int, kernels: str, monkeypatch: pytest.MonkeyPatch, compiled: None
 ) -> None:
     set_kernels(kernels)
-    monkeypatch.setattr("apot_fat.quant.layers.REMEMBER_ELEMENTS", from_elements)
+    monkeypatch.setattr("apot_fat.quant.fast.layer_output.REMEMBER_ELEMENTS", from_elements)
     layer = QuantConv2d(4, 4, 3, padding=1, spec=preset(name))
     x = torch.rand(2, 4, 8, 8, requires_grad=True)
     kept: dict[int, int] = {}
@@ -148,7 +148,7 @@ def test_scratch_memory_shows_in_no_result() -> None:
 def test_gradients_are_those_of_the_plain_composition(
     linear: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("apot_fat.quant.layers.REMEMBER_ELEMENTS", 0)
+    monkeypatch.setattr("apot_fat.quant.fast.layer_output.REMEMBER_ELEMENTS", 0)
     spec = preset("apot-imagenet", bits=3)
     conv = QuantConv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=True, spec=spec)
     layer: QuantConv2d | QuantLinear = QuantLinear(4, 6, spec=spec) if linear else conv
@@ -214,8 +214,7 @@ def test_a_compiled_network_takes_kept_weights_only_while_they_are_current() -> 
         for _ in range(2):
             with kept_weights(layer):
                 inside = graph(x)
-                kept = layer._kept
-                assert layer.quantized_weight() is kept[0]  # type: ignore[index]
+                assert layer.quantized_weight() is layer._kept.weight.value
             torch.testing.assert_close(inside, layer(x))
             layer.weight.mul_(-1)  # neither train() nor eval() tells
             torch.testing.assert_close(graph(x), layer(x))

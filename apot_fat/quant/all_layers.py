@@ -1,0 +1,108 @@
+"""All quantized layers of a network at once: listed, shown, and set to other bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from apot_fat.quant.layers import QuantConv2d, QuantLinear
+from apot_fat.quant.spec import FLOAT_BITS, QuantSpec, check_bits
+from apot_fat.quant.units import ALPHA_FLOOR
+
+
+@dataclass(frozen=True)
+class LayerClipping:
+    """One row of ``clipping_table``: a layer's thresholds as used, its bits and, with FAT, its mask's range.
+
+    Of thresholds of one a channel ``weight_alpha`` is the mean.
+    """
+
+    name: str
+    weight_bits: int
+    act_bits: int
+    weight_alpha: float | None
+    act_alpha: float | None
+    mask_max: float | None = None
+    mask_min: float | None = None
+
+
+def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
+    """Name and module of every ``QuantConv2d`` and ``QuantLinear``, in the order of definition."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantConv2d | QuantLinear):
+            yield name, module
+
+
+def clipping_table(model: nn.Module) -> list[LayerClipping]:
+    """The clipping thresholds of every quantized layer, in the order of definition.
+
+    Returns:
+        One ``LayerClipping`` a layer; thresholds in their own units, None where a side is float.
+    """
+    rows = []
+    for name, layer in quant_layers(model):
+        mask = layer.mask_range() or (None, None)
+        alphas = layer.clipping_thresholds()
+        rows.append(LayerClipping(name, layer.spec.weight_bits, layer.spec.act_bits, *alphas, *mask))
+    return rows
+
+
+def show_params(model: nn.Module) -> None:
+    """Print the published threshold line of every quantized layer; of one threshold a channel the mean."""
+    for _, layer in quant_layers(model):
+        layer.show_params()
+
+
+def set_bits(model: nn.Module, bits: int) -> nn.Module:
+    """Set weight and activation bits of every quantized layer in place, keeping weights and thresholds.
+
+    Layers whose bits were given to ``quantize`` by name keep them, and a side that is float where the layer's other is
+    not (``weight_bits=32`` or ``act_bits=32`` of ``quantize``) stays float; of a layer at 32 bits both sides are set.
+
+    Args:
+        model: any network that holds ``QuantConv2d`` or ``QuantLinear``.
+        bits: 2 to 8, or 32. Make the optimiser afterwards: from 32 bits the thresholds are new parameters.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: other bits, or a model without quantized layers.
+    """
+    check_bits(bits)
+    layers = [layer for _, layer in quant_layers(model)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} holds no QuantConv2d or QuantLinear: build it from them, or quantize it"
+        )
+    for layer in layers:
+        if layer.fixed_bits:
+            continue
+        layer.spec = _with_bits_of_quantized_sides(layer.spec, bits)
+    return model
+
+
+def _with_bits_of_quantized_sides(spec: QuantSpec, bits: int) -> QuantSpec:
+    if spec.weight_bits == FLOAT_BITS != spec.act_bits:
+        return replace(spec, act_bits=bits)
+    if spec.act_bits == FLOAT_BITS != spec.weight_bits:
+        return replace(spec, weight_bits=bits)
+    return spec.with_bits(bits)
+
+
+@torch.no_grad()
+def keep_thresholds_positive(model: nn.Module) -> int:
+    """Set every threshold at or below zero to ``ALPHA_FLOOR`` in place; return how many there were.
+
+    The layers read such a threshold as the floor anyway; this brings the parameter back, so that training can raise it.
+    """
+    raised = 0
+    for _, layer in quant_layers(model):
+        for alpha in (layer.weight_alpha, layer.act_alpha):
+            if alpha is not None and (too_low := int((alpha <= 0).sum())):
+                alpha.masked_fill_(alpha <= 0, ALPHA_FLOOR)
+                raised += too_low
+    return raised
