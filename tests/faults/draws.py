@@ -9,8 +9,8 @@ from tests.faults.networks import SMALL
 
 TRAINING_IMAGES, TEST_IMAGES, CLASSES = 101, 21, 3
 FOLDER, STREAM = "folder", "stream"
-TEACHER = "teacher.pth.tar"
-"""Beside the images."""
+PARENT = "parent.pth.tar"
+"""Beside the images: the 32-bit network that a run starts from or learns from."""
 
 DAMAGED, MOVED_OUTPUT, MOVED_DATA = "damaged checkpoint", "moved output", "moved data"
 BETWEEN = (DAMAGED, MOVED_OUTPUT, MOVED_DATA)
@@ -21,7 +21,7 @@ INT, INT_GROUP, INT_TWICE = "SIGINT to one", "SIGINT to the group", "SIGINT twic
 FULL_DISK, LOST_WORKER = "full disk", "lost worker"
 
 _PRESETS = ("apot-cifar", "fat-cifar", "fat-cifar-log", "apot-imagenet-pot", "apot-imagenet-uniform", "lsq", "pact")
-_LARGER = (("resnet20", "apot-cifar"), ("mobilenet_v2_x0_35", "uniform-mobilenet"), ("vgg_small", "fat-cifar"))
+_LARGER = (("resnet20", "apot-cifar"), ("mobilenet_v2_x0_35", "uniform-mobilenet"))
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,14 @@ class Run:
         processes: how many.
         images: ``npz``, ``folder`` or ``stream``.
         workers: decoding processes of each.
+        starts_from_parent: whether its weights are another network's at first.
         options: further values of the config.
     """
 
     processes: int
     images: str
     workers: int
+    starts_from_parent: bool
     options: dict[str, object]
 
     @property
@@ -51,7 +53,8 @@ class Run:
 
     def __str__(self) -> str:
         options = " ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.processes} processes, {self.images}, {self.workers} workers, {options}"
+        start = ", from a parent" if self.starts_from_parent else ""
+        return f"{self.processes} processes, {self.images}, {self.workers} workers{start}, {options}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def draw_run(seed: int) -> Run:
     draw = random.Random(seed)
     arch, preset = draw.choice(_LARGER) if draw.random() < 0.15 else (SMALL, draw.choice(_PRESETS))
     processes = draw.choice((1, 1, 2, 2, 3, 4))
-    images = draw.choice(("npz", "npz", FOLDER, STREAM))
+    images = draw.choice(("npz", FOLDER, STREAM))
     workers = draw.choice((0, 1, 2)) if images == STREAM else 0
     accumulate = draw.choice((1, 2))
     parts = processes * accumulate
@@ -111,7 +114,8 @@ def draw_run(seed: int) -> Run:
         options |= {"ema_decay": 0.8, "bn_batches": 2}
     if processes > 1 and draw.random() < 0.3:
         options["sync_bn"] = True
-    return Run(processes, images, workers, options)
+    starts = draw.random() < 0.3
+    return Run(processes, images, workers, starts, options)
 
 
 _SWITCHES: dict[str, object] = {

@@ -17,8 +17,9 @@ from PIL import Image
 from apot_fat.checkpoint import before, load_weights, read_checkpoint, write_checkpoint
 from apot_fat.models import create_model
 from apot_fat.training import evaluate
-from apot_fat.training.build import create_network, load_config_dataset, make_batches
+from apot_fat.training.build import load_config_dataset, make_batches
 from apot_fat.training.folder import BEST, LAST, METRICS, run_config
+from apot_fat.training.network import create_network
 from tests.faults.draws import (
     BETWEEN,
     CLASSES,
@@ -32,7 +33,7 @@ from tests.faults.draws import (
     LOST_WORKER,
     MOVED_DATA,
     MOVED_OUTPUT,
-    TEACHER,
+    PARENT,
     TERM,
     TERM_ALL,
     TEST_IMAGES,
@@ -70,7 +71,13 @@ class Trial:
 
     def check(self) -> None:
         """Run, disturb, compare."""
-        whole = self.output.with_name(f"{self.output.name}-whole")
+        try:
+            self._check(self.output.with_name(f"{self.output.name}-whole"))
+        finally:
+            for output in self.launcher.seen_disk.iterdir():
+                shutil.rmtree(output)
+
+    def _check(self, whole: Path) -> None:
         attempt = self._start(whole, 0)
         attempt.wait()
         said = attempt.log.read_text()
@@ -90,8 +97,6 @@ class Trial:
         assert not any(attempt.codes.values()), attempt.log.read_text()
         attempt.check_nothing_is_left()
         self._compare(self._seen(whole), self._seen(self.output))
-        for output in (whole, self.output):
-            shutil.rmtree(self._seen(output).parent)
 
     def _seen(self, output: Path) -> Path:
         return self.launcher.seen_disk / output.relative_to(self.launcher.disk) / self.name
@@ -104,7 +109,9 @@ class Trial:
         else:
             argv += ["--data", str(self.data)]
         if "distill_weight" in self.run.options:
-            argv += ["--teacher", str(self.data / TEACHER)]
+            argv += ["--teacher", str(self.data / PARENT)]
+        if self.run.starts_from_parent:
+            argv += ["--init", str(self.data / PARENT)]
         return Attempt(
             self.launcher,
             argv,
@@ -140,11 +147,13 @@ class Trial:
         moment = fault.moment * self._left()
         attempt = self._start(self.output, 1 + int(moment * self.operations) if fault.at_file else 0)
         filler = self.launcher.seen_disk / "filler"
-        if attempt.wait(lambda: attempt.stands_still if fault.at_file else attempt.seconds > moment * self.seconds):
-            self._strike(fault, attempt, filler)
-            attempt.wait()
+        try:
+            if attempt.wait(lambda: attempt.stands_still if fault.at_file else attempt.seconds > moment * self.seconds):
+                self._strike(fault, attempt, filler)
+                attempt.wait()
+        finally:
+            filler.unlink(missing_ok=True)
         said = attempt.log.read_text()
-        filler.unlink(missing_ok=True)
         _check_end(fault, attempt.codes, said)
         attempt.check_nothing_is_left()
         if any(attempt.codes.values()):
@@ -227,5 +236,5 @@ def _write_images(folder: Path, kind: str, arch: str) -> None:
             path = folder / name / f"class{label}" / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-    teacher = create_model(arch, bits=32, num_classes=CLASSES)
-    write_checkpoint({"state_dict": teacher.state_dict()}, folder / TEACHER)
+    parent = create_model(arch, bits=32, num_classes=CLASSES)
+    write_checkpoint({"state_dict": parent.state_dict()}, folder / PARENT)
