@@ -43,7 +43,7 @@ def test_many_disturbed_runs_end_with_the_same_bits(launcher: Launcher, tmp_path
             counted.update(["runs"] + [fault.partition(" before")[0].partition(" at ")[0] for fault in trial.had])
         except Exception as error:
             failed.append(seed)
-            outcome = f"FAILED {error}"
+            outcome = f"FAILED {trial.folder}: {str(error)[-1500:]}"
         print(
             f"seed {seed}: {trial.run}; {', '.join(trial.had)}; {time.monotonic() - start:.0f} s; {outcome}", flush=True
         )
