@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tests.faults.networks import SMALL
 
-TRAINING_IMAGES, TEST_IMAGES, CLASSES = 101, 21, 3
-FOLDER, STREAM = "folder", "stream"
-PARENT = "parent.pth.tar"
-"""Beside the images: the 32-bit network that a run starts from or learns from."""
+IN_MEMORY, FOLDER, STREAM = "arrays", "folder", "stream"
 
 DAMAGED, MOVED_OUTPUT, MOVED_DATA = "damaged checkpoint", "moved output", "moved data"
 BETWEEN = (DAMAGED, MOVED_OUTPUT, MOVED_DATA)
@@ -22,102 +19,6 @@ FULL_DISK, LOST_WORKER = "full disk", "lost worker"
 
 _PRESETS = ("apot-cifar", "fat-cifar", "fat-cifar-log", "apot-imagenet-pot", "apot-imagenet-uniform", "lsq", "pact")
 _LARGER = (("resnet20", "apot-cifar"), ("mobilenet_v2_x0_35", "uniform-mobilenet"))
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run.
-
-    Args:
-        processes: how many.
-        images: ``npz``, ``folder`` or ``stream``.
-        workers: decoding processes of each.
-        starts_from_parent: whether its weights are another network's at first.
-        options: further values of the config.
-    """
-
-    processes: int
-    images: str
-    workers: int
-    starts_from_parent: bool
-    options: dict[str, object]
-
-    @property
-    def argv(self) -> list[str]:
-        """The command line but for places."""
-        argv = ["--compile", "off", "--dist-timeout", "60", "--workers", str(self.workers), "--print-freq", "5"]
-        argv += ["--loader", "stream" if self.images == STREAM else "memory"]
-        for name, value in self.options.items():
-            argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-        return argv
-
-    def __str__(self) -> str:
-        options = " ".join(f"{name}={value}" for name, value in self.options.items())
-        start = ", from a parent" if self.starts_from_parent else ""
-        return f"{self.processes} processes, {self.images}, {self.workers} workers{start}, {options}"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A fault.
-
-    Args:
-        kind: one of the names above.
-        rank: of the process it befalls.
-        at_file: whether it comes before an operation on a file, or else at any time.
-        moment: how far the attempt has got, as a part of what is left of the run, [0, 1).
-        amount: how much of the disk is left, or of the checkpoint, [0, 1).
-    """
-
-    kind: str
-    rank: int
-    at_file: bool
-    moment: float
-    amount: float
-
-    def __str__(self) -> str:
-        when = "" if self.kind in BETWEEN else f" {'before a file' if self.at_file else 'at'} {self.moment:.2f}"
-        return f"{self.kind}{when}"
-
-
-def draw_run(seed: int) -> Run:
-    """The run of a seed."""
-    draw = random.Random(seed)
-    arch, preset = draw.choice(_LARGER) if draw.random() < 0.15 else (SMALL, draw.choice(_PRESETS))
-    processes = draw.choice((1, 1, 2, 2, 3, 4))
-    images = draw.choice(("npz", FOLDER, STREAM))
-    workers = draw.choice((0, 1, 2)) if images == STREAM else 0
-    accumulate = draw.choice((1, 2))
-    parts = processes * accumulate
-    sizes = [size for size in range(8, 17) if not size % parts]
-    options: dict[str, object] = {
-        "arch": arch,
-        "preset": preset,
-        "bit": draw.choice((2, 3, 4, 5, 32)),
-        "epochs": draw.choice((2, 2, 3)),
-        "batch_size": draw.choice(sizes),
-        "accumulate": accumulate,
-        "amp": draw.choice(("off", "off", "bf16")),
-        "checkpoint_every": draw.choice((0, 0, 1, 3, 5)),
-        "lr": 0.02,
-        "seed": draw.randrange(1000),
-        "crop_padding": 1,
-        # a mobilenet's last features would be one pixel, and one image of one pixel has no variance
-        "image_size": 40 if arch.startswith("mobilenet") else 8,
-        "test_batch_size": draw.choice((5, 21)),
-        "histogram_every": draw.choice((0, 0, 0, 0, 2)),
-    }
-    for name, value in _SWITCHES.items():
-        if draw.random() < 0.25:
-            options[name] = value
-    if draw.random() < 0.5:
-        options |= {"ema_decay": 0.8, "bn_batches": 2}
-    if processes > 1 and draw.random() < 0.3:
-        options["sync_bn"] = True
-    starts = draw.random() < 0.3
-    return Run(processes, images, workers, starts, options)
-
-
 _SWITCHES: dict[str, object] = {
     "mixup": 0.4,
     "cutout": 3,
@@ -133,6 +34,100 @@ _SWITCHES: dict[str, object] = {
 }
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run, or a chain of two.
+
+    Args:
+        processes: how many.
+        images: ``arrays``, ``folder`` or ``stream``.
+        workers: decoding processes of each.
+        is_chain: whether a 32-bit run comes first, which the other starts from, and learns from if it learns.
+        has_parent: whether it starts from a network beside the images, as without a chain it learns from that.
+        options: of the command line.
+    """
+
+    processes: int = 1
+    images: str = IN_MEMORY
+    workers: int = 0
+    is_chain: bool = False
+    has_parent: bool = False
+    options: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has a teacher."""
+        return "distill_weight" in self.options
+
+    @property
+    def names(self) -> list[str]:
+        """Of its run folders, in their order."""
+        bits = ([32] if self.is_chain else []) + [self.options["bit"]]
+        return [f"{self.options['arch']}_{number}bit" for number in bits]
+
+    def __str__(self) -> str:
+        options = " ".join(f"{name}={value}" for name, value in self.options.items())
+        images = f"{self.images}, {self.workers} workers" if self.images == STREAM else self.images
+        kind = "chain, " if self.is_chain else "from a parent, " if self.has_parent else ""
+        return f"{kind}{self.processes} processes, {images}, {options}"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault.
+
+    Args:
+        kind: one of the names above.
+        rank: of the process it befalls.
+        moment: how far the processes have got, as a part of what is left of the run, [0, 1).
+        at_file: whether it comes before that operation on a file, or at that time.
+        amount: how much of the disk is left, or of the checkpoint, [0, 1).
+    """
+
+    kind: str
+    rank: int = 0
+    moment: float = 0.0
+    at_file: bool = False
+    amount: float = 0.0
+
+    def __str__(self) -> str:
+        if self.kind in BETWEEN:
+            return self.kind
+        return f"{self.kind} {'at a file' if self.at_file else 'at'} {self.moment:.2f}"
+
+
+def draw_run(seed: int) -> Run:
+    """The run of a seed."""
+    draw = random.Random(seed)
+    arch, preset = draw.choice(_LARGER) if draw.random() < 0.15 else (SMALL, draw.choice(_PRESETS))
+    is_chain = draw.random() < 0.2
+    processes = draw.choice((1, 2) if is_chain else (1, 1, 2, 2, 3, 4))
+    accumulate = draw.choice((1, 2))
+    images = draw.choice((IN_MEMORY, FOLDER, STREAM))
+    options: dict[str, object] = {
+        "arch": arch,
+        "preset": preset,
+        "bit": draw.choice((2, 3, 4, 5) if is_chain else (2, 3, 4, 5, 32)),
+        "epochs": draw.choice((2, 2, 3)),
+        "batch_size": draw.choice([size for size in range(8, 17) if size % (processes * accumulate) == 0]),
+        "accumulate": accumulate,
+        "amp": draw.choice(("off", "off", "bf16", "fp16")),
+        "checkpoint_every": draw.choice((0, 0, 1, 3, 5)),
+        "seed": draw.randrange(1000),
+        # a mobilenet's last features would be one pixel, and one image of one pixel has no variance
+        "image_size": 40 if arch.startswith("mobilenet") else 8,
+        "test_batch_size": draw.choice((5, 21)),
+        "histogram_every": draw.choice((0, 0, 0, 0, 2)),
+        **{name: value for name, value in _SWITCHES.items() if draw.random() < 0.25},
+    }
+    if draw.random() < 0.5:
+        options |= {"ema_decay": 0.8, "bn_batches": 2}
+    if processes > 1 and draw.random() < 0.3:
+        options["sync_bn"] = True
+    workers = draw.choice((0, 1, 2)) if images == STREAM else 0
+    return Run(processes, images, workers, is_chain, draw.random() < 0.3, options)
+
+
 def draw_faults(seed: int, run: Run) -> list[Fault]:
     """The faults of a seed, in their order."""
     draw = random.Random(f"faults {seed}")
@@ -140,11 +135,11 @@ def draw_faults(seed: int, run: Run) -> list[Fault]:
     kinds += [KILL, KILL, TERM] if run.processes > 1 else []
     kinds += [LOST_WORKER] * 3 if run.workers else []
     faults = []
-    for _ in range(draw.choice((2, 3, 3))):
+    for _ in range(3):
         faults.append(draw.choice(kinds))
         if draw.random() < 0.4:
             faults.append(draw.choice(BETWEEN))
     return [
-        Fault(kind, draw.randrange(run.processes), draw.random() < 0.5, draw.uniform(0, 0.9), draw.random())
+        Fault(kind, draw.randrange(run.processes), draw.uniform(0, 0.9), draw.random() < 0.5, draw.random())
         for kind in faults
     ]

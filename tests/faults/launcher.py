@@ -91,23 +91,23 @@ class Attempt:
 
     Args:
         launcher: starts them.
-        argv: what follows the script's name on the command line.
+        command: the script's name, and what follows it on the command line.
         processes: how many.
         log: file that takes what they print.
         watched, stop_at: the first process stands still before that operation on a file under the folder, from 1.
-        workers: whether they have workers.
+        has_workers: whether they have workers.
     """
 
     def __init__(
         self,
         launcher: Launcher,
-        argv: Sequence[str],
+        command: Sequence[str],
         processes: int,
         log: Path,
         *,
         watched: Path,
         stop_at: int = 0,
-        workers: bool = False,
+        has_workers: bool = False,
     ) -> None:
         self.launcher, self.log = launcher, log
         self.start = time.monotonic()
@@ -120,9 +120,16 @@ class Attempt:
         self.pids: list[int] = []
         for rank in range(processes):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            request = {"argv": list(argv), "environment": {**environment, **ranks}, "log": str(log), "workers": workers}
-            request |= {"watched": "" if rank else str(watched), "stop_at": stop_at}
-            self.pids.append(launcher.start(**request))
+            pid = launcher.start(
+                script=command[0],
+                argv=command[1:],
+                environment={**environment, **ranks},
+                log=str(log),
+                watched="" if rank else str(watched),
+                stop_at=stop_at,
+                has_workers=has_workers,
+            )
+            self.pids.append(pid)
 
     @property
     def codes(self) -> dict[int, int]:

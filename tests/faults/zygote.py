@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
-import importlib.util
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -28,7 +28,8 @@ from torch.utils.tensorboard.summary import hparams  # noqa: F401
 from apot_fat.command_line import run_main
 from tests.faults.networks import small_network
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts/train.py"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+Main = Callable[[list[str] | None], None]
 ENDING_A_RUN = (signal.SIGINT, signal.SIGTERM)
 _FILE_EVENTS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.chmod"}
 
@@ -75,8 +76,14 @@ def _next_news() -> tuple[int, dict[str, Any]] | None:
     return pid, {"stopped": True} if os.WIFSTOPPED(status) else {"code": os.waitstatus_to_exitcode(status)}
 
 
-def become(request: dict[str, Any]) -> Callable[[list[str] | None], None]:
-    """Become the process of a run; the script's ``main``."""
+def load_main(script: Path) -> Main:
+    """The ``main`` of a script."""
+    main: Main = runpy.run_path(str(script))["main"]
+    return main
+
+
+def become(request: dict[str, Any], mains: dict[str, Main]) -> Main:
+    """Become the process of a run; what it calls with the request's arguments."""
     assert len(os.listdir("/proc/self/task")) == 1  # a fork keeps one thread, and the locks of all
     os.setsid()
     os.environ.update(request["environment"])
@@ -86,20 +93,16 @@ def become(request: dict[str, Any]) -> Callable[[list[str] | None], None]:
     os.close(output)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    sys.argv = [SCRIPT.name, *request["argv"]]
-    if request["workers"]:
+    sys.argv = [f"{request['script']}.py", *request["argv"]]
+    if request["has_workers"]:
         _fork_the_fork_server()
     if request["watched"]:
         _watch(request["watched"], request["stop_at"])
-    spec = importlib.util.spec_from_file_location("script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
 
     def main(argv: list[str] | None) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_A_RUN)
         with small_network():
-            script.main(argv)
+            mains[request["script"]](argv)
 
     return main
 
@@ -139,10 +142,10 @@ def _watch(folder: str, stop_at: int) -> None:
         atexit.register(lambda: print(f"{seen} operations on files", flush=True))
 
 
-def run(request: dict[str, Any]) -> NoReturn:
+def run(request: dict[str, Any], mains: dict[str, Main]) -> NoReturn:
     """Be the process of a run, and end as an interpreter does but for taking its modules apart, which takes seconds."""
     try:
-        run_main(become(request), request["argv"])
+        run_main(become(request, mains), request["argv"])
     except SystemExit as end:
         code = end.code
     except BaseException:
@@ -155,5 +158,6 @@ def run(request: dict[str, Any]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_A_RUN)  # a process takes them once it runs the script
-    run(serve(socket.socket(fileno=int(sys.argv[1]))))
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_A_RUN)  # a process takes them once it runs a script
+    loaded = {script.stem: load_main(script) for script in (SCRIPTS / "train.py", SCRIPTS / "progressive.py")}
+    run(serve(socket.socket(fileno=int(sys.argv[1]))), loaded)
