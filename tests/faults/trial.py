@@ -203,7 +203,7 @@ class Trial:
         rows = [json.loads(line) for line in (parts / METRICS).read_text().splitlines()]
         for name in (LAST, BEST):
             # the best checkpoint may name images that have moved since
-            opened = open_network(parts / name, self._images())
+            opened = open_network(parts / name, {**self._images(), "workers": 0})
             batches = make_batches(
                 opened.config, load_config_dataset(opened.config, need_train=False).test, torch.device("cpu")
             )
