@@ -110,6 +110,7 @@ class Attempt:
         has_workers: bool = False,
     ) -> None:
         self.launcher, self.log = launcher, log
+        log.touch()
         self.start = time.monotonic()
         environment: dict[str, str] = {}
         if processes > 1:  # as torchrun does it: the store is the launcher's

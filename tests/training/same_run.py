@@ -15,15 +15,22 @@ from apot_fat.training.folder import BEST, LAST, METRICS
 _TIMES_AND_PLACES = ("seconds", "output", "data", "test_data", "init", "teacher")
 
 
-def same(a: Any, b: Any) -> bool:
-    """Equal to the bit, but for times and places."""
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Where two contents are not equal to the bit, but for times and places."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        lacking = [f"{where}.{key} in one alone" for key in a.keys() ^ b.keys()]
+        both = [key for key in a if key in b and key not in _TIMES_AND_PLACES]
+        return lacking + [found for key in both for found in differences(a[key], b[key], f"{where}.{key}")]
+    if isinstance(a, list | tuple) and len(a) == len(b):
+        return [found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f"{where}[{i}]")]
     if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in _TIMES_AND_PLACES)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
+        return [] if torch.equal(a, b) else [f"{where}: {int((a != b).sum())} of {a.numel()}"]
+    return [] if a == b else [f"{where}: {a!r:.100} and {b!r:.100}"]
+
+
+def assert_same(a: Any, b: Any, where: str) -> None:
+    found = differences(a, b, where)
+    assert not found, f"{len(found)} differences: {'; '.join(found[:5])}"
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -39,9 +46,9 @@ def assert_same_run(one: Path, other: Path, *, curves: bool = True) -> None:
             assert content.pop("environment")["torch"] == torch.__version__
             for key in ("epochs", "checkpoint_every", "print_freq", "workers"):
                 content["config"].pop(key, None)
-        assert same(*contents), name
+        assert_same(*contents, name)
     rows = [[json.loads(line) for line in (folder / METRICS).read_text().splitlines()] for folder in (one, other)]
-    assert same(*rows)
+    assert_same(*rows, METRICS)
     assert [row["epoch"] for row in rows[0]] == list(range(1, len(rows[0]) + 1))
     if curves:
-        assert scalars(one) == scalars(other)
+        assert_same(scalars(one), scalars(other), "curves")
