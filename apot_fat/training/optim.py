@@ -45,7 +45,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, ob
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     """SGD over ``parameter_groups``, fused: one kernel a step, which a flag on the device can tell to do nothing."""
     optimizer = torch.optim.SGD(parameter_groups(model, config), momentum=config.momentum, fused=True)
-    if config.momentum:  # PyTorch 2.11 would make it of uninitialised memory, and leave it so if the first step is left out
+    if config.momentum:  # PyTorch would take uninitialised memory, and keep it if the first step is left out
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer

@@ -22,7 +22,8 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
         both = [key for key in a if key in b and key not in _TIMES_AND_PLACES]
         return lacking + [found for key in both for found in differences(a[key], b[key], f"{where}.{key}")]
     if isinstance(a, list | tuple) and len(a) == len(b):
-        return [found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f"{where}[{i}]")]
+        pairs = enumerate(zip(a, b, strict=True))
+        return [found for i, pair in pairs for found in differences(*pair, f"{where}[{i}]")]
     if isinstance(a, torch.Tensor):
         return [] if torch.equal(a, b) else [f"{where}: {int((a != b).sum())} of {a.numel()}"]
     return [] if a == b else [f"{where}: {a!r:.100} and {b!r:.100}"]
