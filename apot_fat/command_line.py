@@ -18,7 +18,7 @@ from tqdm import tqdm
 from apot_fat.models import default_preset, find_architecture
 from apot_fat.text import one_line, printable
 from apot_fat.training.config import TrainConfig, field_type
-from apot_fat.training.distributed import launched
+from apot_fat.training.distributed import launched, of_another_process
 from apot_fat.training.finite import NonFiniteError
 from apot_fat.training.interruption import InterruptedRunError
 from apot_fat.training.recipe import PUBLISHED, Recipe, find_recipe, read_recipe
@@ -152,6 +152,12 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
         sys.exit(0)
     except OSError as error:
         print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_ENVIRONMENT)
+    except RuntimeError as error:
+        if not of_another_process(error):
+            raise
+        where = f"process {processes.rank} has lost another ({one_line(error):.200})"
+        print(f"{Path(sys.argv[0]).name}: error: {where}; go on with --resume auto", file=sys.stderr, flush=True)
         sys.exit(EXIT_ENVIRONMENT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

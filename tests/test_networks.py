@@ -50,12 +50,7 @@ NETWORKS = {
 }
 # FAT's products with a (4096, 4096) transform take minutes here
 EXCLUDED = {("vgg11_bn", "fat"): ["classifier.*"]}
-IN_THE_SUITE = (
-    ("resnet18", "apot"),
-    ("mobilenet_v3_small", "fat"),
-    ("shufflenet_v2_x1_0", "apot"),
-    ("timm vit_tiny", "apot"),
-)
+IN_THE_SUITE = (("mobilenet_v3_small", "fat"), ("timm vit_tiny", "apot"))
 ALL = [
     pytest.param(name, method, marks=() if (name, method) in IN_THE_SUITE else pytest.mark.slow)
     for name in NETWORKS
@@ -173,14 +168,11 @@ def test_at_eight_bits_every_network_computes_what_it_did(method: str) -> None:
     assert statistics.median(errors) <= 0.05
 
 
-SOON = ("shufflenet_v2_x1_0", "language block")
-
-
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in SOON else pytest.mark.slow)
-        for name in (*NETWORKS, "language block", "detector")
+        "language block",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in (*NETWORKS, "detector")),
     ],
 )
 def test_a_network_is_reconstructed(name: str) -> None:

@@ -3,6 +3,7 @@
 from apot_fat.checkpoint.files import (
     atomic_write,
     before,
+    drop_damaged,
     file_checksum,
     read_checkpoint,
     read_newest,
@@ -21,6 +22,7 @@ __all__ = [
     "before",
     "best_accuracy",
     "checkpoint_thresholds",
+    "drop_damaged",
     "fetch_released",
     "file_checksum",
     "load_packed",

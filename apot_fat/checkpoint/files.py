@@ -117,6 +117,16 @@ def read_newest(path: str | os.PathLike[str], warn: Callable[[str], None]) -> di
         return content
 
 
+def drop_damaged(path: str | os.PathLike[str]) -> None:
+    """Remove a damaged checkpoint that has one before it: the next to be written would keep it in the place of that."""
+    path = Path(path)
+    if path.exists() and before(path).exists():
+        try:
+            read_checkpoint(path)
+        except ValueError:
+            path.unlink()
+
+
 def checksum(content: Any) -> str:
     """SHA-256 of tensors and plain values, whatever they are nested in: 64 hexadecimal digits."""
     digest = hashlib.sha256()

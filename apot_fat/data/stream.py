@@ -15,6 +15,7 @@ from apot_fat.data.images import FileSet, normalize
 from apot_fat.data.mixing import Mixing, cut_out, mixup
 from apot_fat.data.sharding import Batch, EpochPlan, PlannedBatches, Sharding, epoch_generator, mix_seed
 from apot_fat.data.workers import begin_worker, start_fork_server
+from apot_fat.text import one_line
 
 CROPS = ("resize-crop", "random-resized-crop")
 ON_DAMAGED = ("error", "skip")
@@ -116,9 +117,17 @@ class FileBatches(PlannedBatches):
         if self.loader.num_workers:
             start_fork_server()
         self.sampler.start = start
-        loaded = iter(self.loader)
-        self.sampler.start = 0
-        return loaded
+        try:
+            loaded = iter(self.loader)
+            self.sampler.start = 0
+            yield from loaded
+        except (RuntimeError, EOFError, OSError) as error:
+            if not self.loader.num_workers or str(error).startswith("Caught "):  # by a worker that lives
+                raise
+            raise OSError(
+                f"a decoding process is lost ({one_line(error)}); if memory ran out, give fewer --workers, "
+                "and go on with --resume auto"
+            ) from error
 
 
 def _shorter_side(image_size: int) -> int:

@@ -86,6 +86,11 @@ def process_group(processes: Processes, device: torch.device, timeout_s: float) 
         dist.destroy_process_group()
 
 
+def of_another_process(error: RuntimeError) -> bool:
+    """Whether an error is that of a process that another one has left alone: dead, or silent for too long."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)  # gloo raises nothing more particular
+
+
 def wrap(model: nn.Module, processes: Processes, device: torch.device) -> nn.Module:
     """The model as the loop trains it: inside ``DistributedDataParallel`` where there are several processes.
 

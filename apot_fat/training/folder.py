@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apot_fat.checkpoint import atomic_write, read_newest, remove_leftovers, write_checkpoint
+from apot_fat.checkpoint import atomic_write, drop_damaged, read_newest, remove_leftovers, write_checkpoint
 from apot_fat.text import one_line
 from apot_fat.training.board import Board
 from apot_fat.training.config import TrainConfig
@@ -170,6 +170,7 @@ class Records:
         if self.processes.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
+            drop_damaged(self.folder / LAST)
             with atomic_write(self.folder / CONFIG) as temporary:
                 temporary.write_text(_toml(self.config.to_dict()), encoding="utf-8")
             with atomic_write(self.folder / METRICS) as temporary:  # without rows of an epoch that was not saved

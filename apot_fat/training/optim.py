@@ -44,7 +44,11 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, ob
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     """SGD over ``parameter_groups``, fused: one kernel a step, which a flag on the device can tell to do nothing."""
-    return torch.optim.SGD(parameter_groups(model, config), momentum=config.momentum, fused=True)
+    optimizer = torch.optim.SGD(parameter_groups(model, config), momentum=config.momentum, fused=True)
+    if config.momentum:  # PyTorch would take uninitialised memory, and keep it if the first step is left out
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def make_schedule(

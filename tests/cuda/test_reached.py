@@ -43,8 +43,8 @@ NOT_REACHED = {
         "data.stream:_collate",
         "models.mobilenet_v2:_conv_norm_relu",
         "models.vgg:VGG.__init__",
+        "plain:*",
         "quant.convert.network:_is_ours",
-        "training.build:created_config",
     ],
     "on the CPU by what they are: copies of networks for export (test_networks.py exports one), products of bytes": [
         "export.*",
@@ -61,7 +61,7 @@ NOT_REACHED = {
         "quant.fast.projection:search",
         "training.compile:*",
     ],
-    "several processes": ["training.distributed:*"],
+    "several processes": ["training.distributed:*", "training.sharded:*"],
     "they ask for a true GPU": ["gpu_check.*", "timing:*"],
     "a whole run, see test_run.py": [
         "quant.all_layers:show_params",

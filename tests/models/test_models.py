@@ -122,7 +122,10 @@ def test_unknown_names() -> None:
         create_model("res20", bits=33)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "vgg_small", "resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet20", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vgg_small", "resnet18", "mobilenet_v2"))],
+)
 def test_a_network_of_each_family_compiles_in_one_graph(name: str) -> None:
     # float64: in float32 another rounding would move single values to the next level, and those the logits
     model = create_model(name, bits=4, num_classes=5).eval().double()

@@ -31,7 +31,7 @@ SMALL: dict[str, tuple[object, ...]] = {
     "train.py": ("--epochs", 1, "-b", 16),
     "progressive.py": ("--epochs", 1, "-b", 16, "--bits", "4,3"),
 }
-SMALL["quantize.py"] = ("--images", 16, "--steps", 1, "--joint-steps", 1)
+SMALL["quantize.py"] = ("--images", 2, "--steps", 1, "--joint-steps", 1)
 EXCEPTED = {
     "torchrun": "several GPUs; tests/training/test_distributed.py runs two processes",
     "configs/imagenet": "ImageNet; tests/training/test_recipes.py reads every recipe",
@@ -53,7 +53,7 @@ def commands() -> list[str]:
 @pytest.fixture
 def _files_it_names(run: Run) -> None:
     rng = np.random.default_rng(0)
-    for name, count in (("train", 32), ("test", 20), ("cifar10_lossless_test", 20)):
+    for name, count in (("train", 16), ("test", 10), ("cifar10_lossless_test", 20)):
         images, labels = rng.integers(0, 256, (count, 3, 32, 32), np.uint8), np.arange(count) % 10
         np.savez(f"{name}.npz", images=images, labels=labels)
     for folder in ("configs", "checkpoints"):

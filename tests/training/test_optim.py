@@ -5,6 +5,7 @@ import torch
 
 from apot_fat.models import create_model
 from apot_fat.training import TrainConfig
+from apot_fat.training.finite import FiniteGuard
 from apot_fat.training.optim import lr_factor, make_optimizer, make_schedule
 
 
@@ -61,3 +62,20 @@ def test_schedules_in_steps() -> None:
     config = TrainConfig(lr_unit="steps", lr_steps=(30, 60), warmup=5, epochs=100)
     factors = [lr_factor(config, step, 10) for step in (0, 1, 4, 29, 30, 60)]
     assert factors == pytest.approx([0.2, 0.4, 1, 1, 0.1, 0.01])
+
+
+def test_a_first_step_that_is_left_out_leaves_no_momentum() -> None:
+    config = TrainConfig(arch="res20", bit=4)
+    models = [create_model("res20", bits=4) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, losses in zip(models, ([float("inf"), 1.0, 1.0], [1.0, 1.0]), strict=True):
+        poison = [torch.full_like(parameter, 1e30) for parameter in model.parameters()]
+        optimizer = make_optimizer(model, config)
+        guard = FiniteGuard(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), allowed=1)
+        for number, loss in enumerate(losses):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, loss)
+            poison.clear()  # memory that the optimiser takes next
+            guard.step(number, torch.tensor(loss))
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)

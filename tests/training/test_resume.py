@@ -175,3 +175,13 @@ def test_a_folder_with_what_is_no_run_of_its_own_is_left_alone(tiny_npz: tuple[P
     with pytest.raises(ValueError, match="holds a run already"):
         train(one(tiny_npz, tmp_path, epochs=1))
     assert train(one(tiny_npz, tmp_path, epochs=1), resume="auto").epochs == 1
+
+
+def test_a_damaged_checkpoint_does_not_push_out_the_sound_one(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
+    config = one(tiny_npz, tmp_path, epochs=2)
+    train(config)
+    last = tmp_path / "resnet20_4bit" / LAST
+    last.write_bytes(last.read_bytes()[:-100])
+    train(config, resume="auto")
+    assert read_checkpoint(last)["epoch"] == 2
+    assert read_checkpoint(checkpoint_before(last))["epoch"] == 1
