@@ -50,12 +50,12 @@ NOT_REACHED = {
         "export.*",
         "quant.fast.byte_product:*",
         "quant.fast.codes:activation_codes",
+        "quant.fast.kept:byte_weight",
         "quant.integers:integer_input",
     ],
     "compiled code alone": [
         "quant.fast.kernels:_probe",
         "quant.fast.kernels:_size_class",
-        "quant.fast.kept:_keep_for_graphs",
         "quant.fast.kept:kept_weights",
         "quant.fast.projection:_round_to_power_of_two",
         "quant.fast.projection:search",

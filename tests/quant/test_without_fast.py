@@ -95,3 +95,11 @@ def test_the_tests_of_the_papers_pass() -> None:
     options = ["-q", "-p", "no:cacheprovider", "-k", f"not ({FAST})"]
     tests = [f"tests/quant/{name}" for name in PAPERS]
     without_fast("import pytest; sys.exit(pytest.main(sys.argv[1:]))", *options, *tests)
+
+
+def test_nothing_outside_imports_the_room() -> None:
+    room, door = ROOT / "apot_fat/quant/fast", ROOT / "apot_fat/quant/__init__.py"
+    for path in [*(ROOT / "apot_fat").rglob("*.py"), *(ROOT / "models").glob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        if not path.is_relative_to(room) and path != door:
+            assert "import apot_fat.quant.fast" not in path.read_text(encoding="utf-8"), path
+            assert "from apot_fat.quant.fast" not in path.read_text(encoding="utf-8"), path

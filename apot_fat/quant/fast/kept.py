@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apot_fat.quant.fast.byte_product import ByteWeight, bytes_work, fits_bytes, pack_weight
-from apot_fat.quant.fast.remade import ConvSettings
+from apot_fat.quant.fast.remade import conv_settings
 from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear
 from apot_fat.quant.seam import MemoryLayer, get_kernels
 
@@ -106,7 +106,7 @@ def byte_weight(layer: QuantConv2d | QuantLinear) -> ByteWeight | None:
         return None
     if layer.weight.dtype != torch.float32 or not fits_bytes(weights, act, layer.input_clip) or not bytes_work():
         return None
-    conv = ConvSettings.of(layer) if isinstance(layer, QuantConv2d) else None
+    conv = conv_settings(layer) if isinstance(layer, QuantConv2d) else None
     if conv is None and isinstance(layer, QuantConv2d):
         return None
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from apot_fat.quant.fast.byte_product import byte_product
 from apot_fat.quant.fast.kept import byte_weight
-from apot_fat.quant.fast.remade import ActSettings, ConvSettings, quantized_product
+from apot_fat.quant.fast.remade import ActSettings, conv_settings, quantized_product
 from apot_fat.quant.layers import QuantConv2d, QuantLinear
 
 REMEMBER_ELEMENTS = 1 << 18
@@ -25,7 +25,7 @@ def layer_output(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor | None:
     features = layer.count_features(x)  # the layer's, read or not
     skips = False
     if isinstance(layer, QuantConv2d):
-        conv = ConvSettings.of(layer)
+        conv = conv_settings(layer)
         if x.dim() != 4 or conv is None:
             return None
         skips = conv.stride != layer.stride

@@ -46,14 +46,14 @@ class ConvSettings(NamedTuple):
     dilation: tuple[int, ...]
     groups: int
 
-    @classmethod
-    def of(cls, layer: nn.Conv2d) -> ConvSettings | None:
-        """A layer's, or None where it pads otherwise than with zeros on both sides."""
-        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            return None
-        # a 1 x 1 convolution with a stride reads the values between never: they need no quantizing
-        skips = layer.kernel_size == (1, 1) and layer.padding == (0, 0)
-        return cls((1, 1) if skips else layer.stride, layer.padding, layer.dilation, layer.groups)
+
+def conv_settings(layer: nn.Conv2d) -> ConvSettings | None:
+    """A layer's, or None where it pads otherwise than with zeros on both sides."""
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return None
+    # a 1 x 1 convolution with a stride reads the values between never: they need no quantizing
+    skips = layer.kernel_size == (1, 1) and layer.padding == (0, 0)
+    return ConvSettings((1, 1) if skips else layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def quantized_product(
