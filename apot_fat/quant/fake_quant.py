@@ -122,7 +122,7 @@ def weight_forward(w: Tensor, alpha: Tensor, levels: LevelSet) -> Tensor:
         q = seam.speed.project(u, levels)
     else:
         q = u.sign() * seam.speed.project(u.abs().clamp_(max=1), levels)
-    return _as_type(q * alpha_used, w.dtype)
+    return _from_units(q, alpha_used, w.dtype)
 
 
 def weight_backward(
@@ -140,7 +140,7 @@ def weight_backward(
 def activation_forward(x: Tensor, alpha: Tensor, levels: LevelSet, clip: InputClip) -> Tensor:
     """x_q of ``quantize_activation``."""
     alpha_used, u = in_units(x, alpha)
-    return _as_type(project_input(u, levels, clip) * alpha_used, x.dtype)
+    return _from_units(project_input(u, levels, clip), alpha_used, x.dtype)
 
 
 def project_input(u: Tensor, levels: LevelSet, clip: InputClip) -> Tensor:
@@ -192,8 +192,10 @@ class _Quantize(torch.autograd.Function):
         return grad_x, scaled(grad_alpha, ctx.grad_scale), None, None, None
 
 
-def _as_type(value: Tensor, dtype: torch.dtype) -> Tensor:
-    # PyTorch 2.11 compiles an autograd function without its gradient where a conversion changes nothing
+def _from_units(q: Tensor, alpha_used: Tensor, dtype: torch.dtype) -> Tensor:
+    # α q; q may be overwritten, fresh memory costs more. PyTorch 2.11 compiles an autograd function without its
+    # gradient where the result is written in place, or by a conversion that changes nothing.
+    value = q * alpha_used if torch.compiler.is_compiling() else q.mul_(alpha_used)
     return value if value.dtype == dtype else value.to(dtype)
 
 
