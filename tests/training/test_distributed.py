@@ -237,7 +237,7 @@ def test_the_switches_under_two_processes_are_those_of_one(tmp_path: Path, tiny_
     options |= {"label_smoothing": 0.1, "dampening": 1e-5, "ema_decay": 0.5, "bn_batches": 2, "compile": "off"}
     options["output"] = tmp_path / "1"
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
-    train(TrainConfig(**{name: str(v) if isinstance(v, Path) else v for name, v in options.items()}))
+    train(TrainConfig.from_dict({name: str(v) if isinstance(v, Path) else v for name, v in options.items()}))
     line = [ROOT / "scripts/train.py", *flags, "--sync_bn", "--output", tmp_path / "2"]
     done = run(torchrun(2, *line), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
