@@ -58,7 +58,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
 
 
 ALL_SWITCHES: dict[str, Any] = {"threshold_init": "mse", "distill_weight": 0.5, "distill_temperature": 2.0}
-ALL_SWITCHES |= {"label_smoothing": 0.1, "mixup": 0.4, "cutout": 3, "dampening": 1e-4, "freeze_weights_from": 0.75}
+ALL_SWITCHES |= {"label_smoothing": 0.1}
 ALL_SWITCHES |= {"ema_decay": 0.8, "bn_batches": 2, "schedule": "cosine", "warmup": 0.5, "accumulate": 2}
 SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
 
@@ -137,7 +137,7 @@ def test_a_resumed_streamed_run_decodes_nothing_before_its_position(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"data": str(image_folder), "test_data": None, "loader": "stream", "image_size": 8}
-    options |= {"workers": 0, "batch_size": 4, "mixup": 0.4}
+    options |= {"workers": 0, "batch_size": 4}
     whole, parts = (config((Path(), Path()), tmp_path / name, **options) for name in ("whole", "parts"))
     train(whole)
     updates = 0
