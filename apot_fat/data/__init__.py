@@ -1,7 +1,6 @@
 """Data sets in memory or on disk, and batches of them on the device."""
 
 from apot_fat.data.images import Augmentation, Dataset, FileSet, ImageBatches, ImageSet
-from apot_fat.data.mixing import Mixing
 from apot_fat.data.sharding import Batch, Batches, Sharding
 from apot_fat.data.sources import NAMED, load_dataset
 from apot_fat.data.stream import FileBatches
@@ -16,7 +15,6 @@ __all__ = [
     "FileSet",
     "ImageBatches",
     "ImageSet",
-    "Mixing",
     "Sharding",
     "load_dataset",
 ]

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apot_fat.data.mixing import Mixing, cut_out, mixup
 from apot_fat.data.sharding import Batch, EpochPlan, PlannedBatches, Sharding, epoch_generator
 
 
@@ -173,10 +172,6 @@ class ImageBatches(PlannedBatches):
         seed: with the epoch's number it determines order and augmentation, whatever happened before.
         channels_last: memory format of the batches.
         sharding: this process's part.
-        mixing: mixup, each image with the next of its step, and cutout; one by one they are augmented before.
-
-    Raises:
-        ValueError: a cutout larger than the images.
     """
 
     def __init__(
@@ -192,10 +187,7 @@ class ImageBatches(PlannedBatches):
         seed: int = 0,
         channels_last: bool = True,
         sharding: Sharding = Sharding(),  # noqa: B008 (frozen)
-        mixing: Mixing = Mixing(),  # noqa: B008 (frozen)
     ) -> None:
-        if mixing.cutout > min(images.size):
-            raise ValueError(f"cutout {mixing.cutout}: larger than the images, {images.size} pixels")
         self.images_NHWC = images.images_NHWC.to(device)
         self.labels_N = images.labels_N.to(device)
         self.plan = EpochPlan(len(images), batch_size, training, sharding)
@@ -204,7 +196,6 @@ class ImageBatches(PlannedBatches):
         self.augmentation = augmentation
         self.seed = seed
         self.channels_last = channels_last
-        self.mixing = mixing
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -220,31 +211,15 @@ class ImageBatches(PlannedBatches):
         if self.augmentation is not None:
             offsets_N2 = torch.randint(0, 2 * self.augmentation.padding + 1, (count, 2), generator=generator).to(device)
             flips_N = torch.rand(count, generator=generator).to(device) < (0.5 if self.augmentation.flip else 0.0)
-        draws, partners_N = self.mixing.draw(count, generator), self.plan.partners().to(device)
-        draws = draws.to(device)
         order_N = order_N.to(device)
-
-        def images_at(positions: slice | Tensor) -> tuple[Tensor, Tensor]:
-            indices = order_N[positions]
+        for part, share, ends_step in self.plan.slices(start):
+            indices = order_N[part]
             images_BHWC = self.images_NHWC[indices]
             if self.augmentation is not None and offsets_N2 is not None and flips_N is not None:
-                offsets, flips = offsets_N2[positions], flips_N[positions]
-                images_BHWC = crop_and_flip(images_BHWC, self.augmentation.padding, offsets, flips)
-            x = normalize(images_BHWC, self.mean, self.std)
-            if draws.centers_N2 is not None:
-                x = cut_out(x, self.mixing.cutout, draws.centers_N2[positions])
-            return x, self.labels_N[indices]
-
-        for part, share, ends_step in self.plan.slices(start):
-            x, labels = images_at(part)
-            others = own_share = None
-            if draws.shares_N is not None:
-                own_share = draws.shares_N[part]
-                other_x, others = images_at(partners_N[part])
-                x = mixup(x, other_x, own_share)
-            x = x.permute(0, 3, 1, 2)
+                images_BHWC = crop_and_flip(images_BHWC, self.augmentation.padding, offsets_N2[part], flips_N[part])
+            x = normalize(images_BHWC, self.mean, self.std).permute(0, 3, 1, 2)
             x = x if self.channels_last else x.contiguous()
-            yield Batch(x, labels, share, ends_step, others, own_share)
+            yield Batch(x, self.labels_N[indices], share, ends_step)
 
 
 def normalize(images_BHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-from apot_fat.data.mixing import Mixing
 
 
 class Batch(NamedTuple):
@@ -24,16 +21,12 @@ class Batch(NamedTuple):
         share: images here over images of the whole optimiser step; the shares of all processes and accumulation steps
             add up to 1.
         ends_step: whether the optimiser steps after this one.
-        other_labels: (B,), of the images mixed into these; None without mixup.
-        own_share: (B,), share of ``labels`` in each image, range [0, 1]; the rest is ``other_labels``'.
     """
 
     x: Tensor
     labels: Tensor
     share: float = 1.0
     ends_step: bool = True
-    other_labels: Tensor | None = None
-    own_share: Tensor | None = None
 
 
 class Batches(Protocol):
@@ -55,10 +48,6 @@ class Batches(Protocol):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
-        ...
-
-    def unmixed(self) -> Batches:
-        """The same batches without mixup and cutout."""
         ...
 
     def __iter__(self) -> Iterator[Batch]: ...
@@ -143,13 +132,6 @@ class EpochPlan:
         """The indices of an epoch's images, in its order."""
         return torch.randperm(self.count, generator=generator) if self.training else torch.arange(self.count)
 
-    def partners(self) -> Tensor:
-        """For each position in the order that of the image mixed into it: the next of its optimiser step, round."""
-        positions = torch.arange(self.count)
-        start = positions // self.batch_size * self.batch_size
-        size = (self.count - start).clamp(max=self.batch_size)
-        return start + (positions - start + 1) % size
-
     def slices(self, start: int = 0) -> Iterator[tuple[slice, float, bool]]:
         """(slice of the order, share, whether it ends a step) of each batch of this process, from one on."""
         divide = self.sharding.training_slices if self.training else self.sharding.evaluation_slices
@@ -160,13 +142,6 @@ class PlannedBatches(ABC):
     """What batches that follow an ``EpochPlan`` share."""
 
     plan: EpochPlan
-    mixing: Mixing
-
-    def unmixed(self) -> Self:
-        """The same batches without mixup and cutout; epochs are chosen for both at once where they share workers."""
-        plain = copy(self)
-        plain.mixing = Mixing()
-        return plain
 
     def __len__(self) -> int:
         return len(self.plan)

@@ -12,7 +12,6 @@ from torchvision.transforms import v2
 
 from apot_fat.data.decoding import UnreadableImageError, UnreadableImages, read_image
 from apot_fat.data.images import FileSet, normalize
-from apot_fat.data.mixing import Mixing, cut_out, mixup
 from apot_fat.data.sharding import Batch, EpochPlan, PlannedBatches, Sharding, epoch_generator, mix_seed
 from apot_fat.data.workers import begin_worker, start_fork_server
 from apot_fat.text import one_line
@@ -38,10 +37,6 @@ class FileBatches(PlannedBatches):
         sharding: this process's part.
         workers: decoding processes; 0 decodes here.
         on_damaged: ``error`` stops at an unreadable image, ``skip`` leaves it out and counts it.
-        mixing: mixup, each image with the next of its batch in this process, and cutout.
-
-    Raises:
-        ValueError: a cutout larger than the images.
     """
 
     def __init__(
@@ -60,11 +55,7 @@ class FileBatches(PlannedBatches):
         sharding: Sharding = Sharding(),  # noqa: B008 (frozen)
         workers: int = 2,
         on_damaged: str = "error",
-        mixing: Mixing = Mixing(),  # noqa: B008 (frozen)
     ) -> None:
-        if mixing.cutout > image_size:
-            raise ValueError(f"cutout {mixing.cutout}: larger than the images, {image_size} pixels")
-        self.mixing = mixing
         self.plan = EpochPlan(len(files), batch_size, training, sharding)
         self.device = device
         self.mean = torch.tensor(mean, device=device)
@@ -91,11 +82,8 @@ class FileBatches(PlannedBatches):
 
     def since(self, start: int) -> Iterator[Batch]:
         """The epoch's batches from one on, the same as in the whole epoch; images before are not decoded."""
-        generator = epoch_generator(self.sampler.seed, self.sampler.epoch)
-        self.plan.order(generator)  # the sampler's: the numbers below follow it
-        draws = self.mixing.draw(self.num_images, generator).to(self.device)
         loaded, slices = self._load(start), self.plan.slices(start)
-        for (images_BCHW, labels, problems), (part, share, ends_step) in zip(loaded, slices, strict=True):
+        for (images_BCHW, labels, problems), (_, share, ends_step) in zip(loaded, slices, strict=True):
             for problem in problems:
                 self.unreadable.add(problem)
             if not len(labels):
@@ -103,15 +91,9 @@ class FileBatches(PlannedBatches):
             images_BHWC = images_BCHW.to(self.device, non_blocking=True).permute(0, 2, 3, 1)
             x = normalize(images_BHWC, self.mean, self.std)
             labels = labels.to(self.device, non_blocking=True)
-            others = own_share = None
-            if draws.centers_N2 is not None:
-                x = cut_out(x, self.mixing.cutout, draws.centers_N2[part][: len(labels)])
-            if draws.shares_N is not None:
-                own_share = draws.shares_N[part][: len(labels)]
-                x, others = mixup(x, x.roll(-1, 0), own_share), labels.roll(-1)
             memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
             x = x.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
-            yield Batch(x, labels, share, ends_step, others, own_share)
+            yield Batch(x, labels, share, ends_step)
 
     def _load(self, start: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         if self.loader.num_workers:

@@ -20,7 +20,6 @@ from apot_fat.data import (
     FileSet,
     ImageBatches,
     ImageSet,
-    Mixing,
     Sharding,
     load_dataset,
 )
@@ -80,7 +79,6 @@ def make_batches(
         "seed": config.seed,
         "channels_last": config.channels_last,
         "sharding": sharding,
-        "mixing": Mixing(config.mixup, config.cutout) if training else Mixing(),
     }
     if isinstance(images, ImageSet):
         augmentation = Augmentation(config.crop_padding, config.flip) if training else None
@@ -107,7 +105,7 @@ def unlabelled_images(
     found = [batch.x for batch in make_batches(config, chosen, device)]
     if augmented:
         whole = replace(config, batch_size=min(config.batch_size, len(chosen)))
-        batches = make_batches(whole, chosen, device, training=True).unmixed()
+        batches = make_batches(whole, chosen, device, training=True)
         for epoch in range(MORE_VIEWS):
             batches.set_epoch(epoch)
             found += [batch.x for batch in batches]
@@ -133,7 +131,6 @@ def make_objective(config: TrainConfig, num_classes: int, device: torch.device) 
         teacher=teacher,
         distill_weight=config.distill_weight,
         distill_temperature=config.distill_temperature,
-        dampening=config.dampening,
     )
 
 

@@ -98,8 +98,6 @@ class TrainConfig:
         choices=THRESHOLD_INITS,
     )
     label_smoothing: float = _option(0.0, "of the cross entropy (Szegedy 2016)", low=0, high=0.999)
-    mixup: float = _option(0.0, "alpha of mixup's Beta distribution, 0 for none (Zhang 2018)", low=0, high=100)
-    cutout: int = _option(0, "side of a square cut out of training images, pixels (DeVries 2017)", low=0, high=1024)
 
     teacher: str | None = _option(
         None, "checkpoint to distil from; `torchvision`: its fp32 weights; `fp32`: the 32-bit run of the same --output"
@@ -116,12 +114,6 @@ class TrainConfig:
     )
     bn_batches: int = _option(
         50, "training batches whose statistics the average's batch norm takes before it is tested", low=1
-    )
-    dampening: float = _option(
-        0.0, "weight of the loss that draws weights to their levels (Nagel 2022, Overcoming Oscillations)", low=0
-    )
-    freeze_weights_from: float = _option(
-        1.0, "part of the run after which quantized weights rest, 1 for never (after Nagel 2022)", low=0, high=1
     )
 
     init: str | None = _option(

@@ -65,35 +65,6 @@ def say_unreached_steps(config: TrainConfig) -> None:
         log.info("lr_steps %s: not reached in %d epochs; --lr-steps sets others", ", ".join(late), config.epochs)
 
 
-def freeze_late(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    config: TrainConfig,
-    steps_per_epoch: int,
-) -> None:
-    """Leave quantized weights as they are from ``config.freeze_weights_from`` of the run on.
-
-    Quantized layers' weights and FAT's matrices are then left out of every step: neither gradient nor decay nor
-    momentum moves them. Thresholds, batch norm and the first and last layers go on.
-
-    Paper: after Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, which
-    freezes each weight when it oscillates; here all at once.
-    """
-    if config.freeze_weights_from == 1:
-        return
-    start = config.freeze_weights_from * config.epochs * steps_per_epoch
-    layers = [layer for _, layer in quant_layers(model) if layer.weight_alpha is not None]
-    frozen = [p for layer in layers for p in (layer.weight, layer.transform) if p is not None]
-
-    def leave_out(*_: object) -> None:
-        if schedule.last_epoch >= start:  # steps done
-            for parameter in frozen:
-                parameter.grad = None
-
-    optimizer.register_step_pre_hook(leave_out)
-
-
 def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """What the initial learning rates are multiplied by.
 

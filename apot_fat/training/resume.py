@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from apot_fat.training.folder import BEST, LAST, METRICS, run_config
 from apot_fat.training.teacher import teacher_path
 
 _PLACES = {"data": ("data", "test_data"), "init": ("init",), "teacher": ("teacher",)}  # fields that say where it lies
+_FIELDS = {option.name for option in fields(TrainConfig)}
 _FREE_TO_CHANGE = {"output", "device", "gpu", "print_freq", "histogram_every", "test_batch_size", "data_root"}
 _FREE_TO_CHANGE |= {"epochs", "workers", "dist_timeout", "on_damaged", "compile", "skip_nonfinite", "checkpoint_every"}
 _FREE_TO_CHANGE |= {place for places in _PLACES.values() for place in places}
@@ -46,10 +48,11 @@ def resumed_content(config: TrainConfig, resume: str | None) -> dict[str, Any] |
         return None
     content = read_newest(path, log.warning)
     _check_config(content, path, config)
+    if unknown := [f"{name} = {value}" for name, value in content["config"].items() if name not in _FIELDS]:
+        log.warning("checkpoint %s: was run with %s, which this version has not", path, ", ".join(unknown))
     epochs = run_config(content, path).epochs
-    if epochs != config.epochs and (config.schedule != "step" or config.freeze_weights_from < 1):
-        what = f"{config.schedule} schedule" if config.schedule != "step" else "freeze_weights_from"
-        where = f"checkpoint {path}: was run with epochs = {epochs}, which its {what} depends on"
+    if epochs != config.epochs and config.schedule != "step":
+        where = f"checkpoint {path}: was run with epochs = {epochs}, which its {config.schedule} schedule depends on"
         if len(content["history"]) < epochs:
             raise ValueError(f"{where}, not {config.epochs}: finish it first, or name another --output")
         log.warning("%s: goes on as one of %d would from here, which is not a run of as many", where, config.epochs)

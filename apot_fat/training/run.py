@@ -41,7 +41,7 @@ from apot_fat.training.interruption import SignalWatch
 from apot_fat.training.loop import Position, Result, autocast, evaluate, train_epoch
 from apot_fat.training.network import create_network
 from apot_fat.training.objective import Objective
-from apot_fat.training.optim import freeze_late, make_optimizer, make_schedule, say_unreached_steps
+from apot_fat.training.optim import make_optimizer, make_schedule, say_unreached_steps
 from apot_fat.training.resume import checked_sources, resumed_content
 from apot_fat.training.start import load_initial_weights, reconstruct_start, set_initial_thresholds
 from apot_fat.training.state import TrainState
@@ -145,7 +145,6 @@ def _make_state(
         model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, steps)
-    freeze_late(model, optimizer, schedule, config, steps)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     average = WeightAverage(model, config.ema_decay, optimizer) if config.ema_decay else None
     return TrainState(model, optimizer, schedule, scaler, average)
@@ -198,7 +197,7 @@ class _Epochs:
         averaging_seconds = 0.0
         if state.average is not None:
             with autocast(self.device, config.amp):
-                averaging_seconds = state.average.estimate_batch_norm(self.sets.train.unmixed(), config.bn_batches)
+                averaging_seconds = state.average.estimate_batch_norm(self.sets.train, config.bn_batches)
         options: dict[str, Any] = {"amp": config.amp, "after_batch": saver.after_test_batch}
         tested = evaluate(self.tested, self.sets.test, log=say, print_freq=config.print_freq, **options)
         held_out = None if self.sets.val is None else evaluate(self.tested, self.sets.val, **options)

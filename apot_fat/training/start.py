@@ -57,7 +57,7 @@ def set_initial_thresholds(model: nn.Module, config: TrainConfig, batches: Batch
         return
     batches.set_epoch(0)
     with autocast(device, config.amp):
-        initialize_thresholds(model, next(iter(batches.unmixed())).x, config.threshold_init)
+        initialize_thresholds(model, next(iter(batches)).x, config.threshold_init)
 
 
 def reconstruct_start(

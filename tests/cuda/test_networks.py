@@ -151,7 +151,7 @@ class _Watched:
 
 @pytest.mark.parametrize(("preset", "amp"), [("apot-cifar", "off"), (UNIFORM, "bf16"), ("fat-cifar", "off")])
 def test_no_step_waits_for_the_device(fake: FakeCuda, preset: str, amp: str) -> None:
-    run = works.config("resnet20", preset, amp=amp, batch_size=2, mixup=0.2, cutout=2)
+    run = works.config("resnet20", preset, amp=amp, batch_size=2)
     model = works.network(DEVICE, run.arch, preset)
     optimizer = make_optimizer(model, run)
     WeightAverage(model, 0.9, optimizer)

@@ -33,7 +33,7 @@ from apot_fat import (
 )
 from apot_fat.checkpoint import read_checkpoint, write_checkpoint
 from apot_fat.command_line import Request
-from apot_fat.data import Batches, FileBatches, FileSet, ImageSet, Mixing, load_dataset
+from apot_fat.data import Batches, FileBatches, FileSet, ImageSet, load_dataset
 from apot_fat.evaluation import evaluate_request
 from apot_fat.export import simulated_accumulator
 from apot_fat.models import create_model
@@ -51,7 +51,7 @@ from apot_fat.training.folder import BEST, METRICS
 from apot_fat.training.loop import autocast
 from apot_fat.training.network import create_network
 from apot_fat.training.objective import Objective
-from apot_fat.training.optim import freeze_late, make_optimizer, make_schedule
+from apot_fat.training.optim import make_optimizer, make_schedule
 from apot_fat.training.start import load_initial_weights, reconstruct_start, set_initial_thresholds
 
 Found = dict[str, Any]
@@ -87,8 +87,7 @@ def on_cpu(state: dict[str, Tensor]) -> Found:
 def training(device: torch.device, arch: str, preset: str, **values: Any) -> Found:
     """Thresholds, an epoch with all that a run can switch on, the average's batch norm, and evaluation."""
     torch.manual_seed(0)
-    switched_on = {"mixup": 0.2, "cutout": 2, "threshold_init": "lsq", "freeze_weights_from": 0.3}
-    run, few = config(arch, preset, **{**switched_on, **values}), images(arch)
+    run, few = config(arch, preset, **{"threshold_init": "lsq", **values}), images(arch)
     batches = make_batches(run, few, device, training=True)
     model = create_network(run, CLASSES).to(device)
     set_initial_thresholds(model, run, batches, device)
@@ -97,7 +96,7 @@ def training(device: torch.device, arch: str, preset: str, **values: Any) -> Fou
     trained = epoch(model, run, batches, optimizer)
     keep_thresholds_positive(model)
     with autocast(device, run.amp):
-        average.estimate_batch_norm(batches.unmixed(), 2)
+        average.estimate_batch_norm(batches, 2)
     tested = evaluate(average.model, make_batches(run, few, device), amp=run.amp)
     return {
         "results": [(result.loss, result.correct, result.total) for result in (trained, tested)],
@@ -120,9 +119,8 @@ def epoch(
     """Train for one; ``allowed`` and ``every`` as in ``FiniteGuard``."""
     device = next(model.parameters()).device
     teacher = network(device, run.arch, run.preset_name, 32).eval().requires_grad_(False)
-    options = {"label_smoothing": 0.1, "distill_weight": 0.5, "distill_temperature": 4.0, "dampening": 1e-4}
+    options = {"label_smoothing": 0.1, "distill_weight": 0.5, "distill_temperature": 4.0}
     schedule = make_schedule(optimizer, run, len(batches))
-    freeze_late(model, optimizer, schedule, run, len(batches))
     scaler = torch.amp.GradScaler(device.type, enabled=run.amp == "fp16")
     guard = FiniteGuard(model, optimizer, scaler, allowed, every=every)
     objective = Objective(teacher=teacher, **options)
@@ -244,7 +242,7 @@ def reconstruction(device: torch.device, folder: Path, method: str) -> Found:
 
 
 def streamed(device: torch.device, folder: Path) -> Found:
-    """Batches of image files, mixed and cut out."""
+    """Batches of image files."""
     rng = np.random.default_rng(0)
     for part in ("train", "test"):
         for label in range(CLASSES):
@@ -254,7 +252,7 @@ def streamed(device: torch.device, folder: Path) -> Found:
                 Image.fromarray(pixels).save(folder / part / str(label) / f"{number}.png")
     files = load_dataset(str(folder), stream=True).train
     assert isinstance(files, FileSet)
-    options: dict[str, Any] = {"image_size": 16, "workers": 0, "training": True, "mixing": Mixing(0.2, 4)}
+    options: dict[str, Any] = {"image_size": 16, "workers": 0, "training": True}
     batches = FileBatches(files, 4, device, (0.5,) * 3, (0.2,) * 3, **options)
     assert all(batch.x.device == device and batch.labels.device == device for batch in batches)
     return {"batches": [[part.cpu() for part in batch if isinstance(part, Tensor)] for batch in batches]}

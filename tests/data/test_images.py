@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as vision
 
-from apot_fat.data import Augmentation, Dataset, ImageBatches, ImageSet, Mixing, Sharding
+from apot_fat.data import Augmentation, Dataset, ImageBatches, ImageSet, Sharding
 from apot_fat.data.images import crop_and_flip
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def test_an_epoch_depends_on_seed_and_epoch_alone() -> None:
 
 
 def test_an_epoch_goes_on_at_a_batch_with_the_same_bits() -> None:
-    options: dict[str, Any] = {"augmentation": Augmentation(2), "training": True, "mixing": Mixing(0.4, 3)}
+    options: dict[str, Any] = {"augmentation": Augmentation(2), "training": True}
     batches = ImageBatches(image_set(11), 4, CPU, (0,) * 3, (1,) * 3, sharding=Sharding(1, 2), **options)
     whole, rest = list(batches), list(batches.since(1))
     assert len(rest) == len(whole) - 1 == 2

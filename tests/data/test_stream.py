@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as vision
 
-from apot_fat.data import FileBatches, FileSet, Mixing, Sharding, load_dataset
+from apot_fat.data import FileBatches, FileSet, Sharding, load_dataset
 from apot_fat.data.decoding import read_image
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_an_epoch_depends_on_seed_and_epoch_alone(files: FileSet, crop: str) -> 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_goes_on_at_a_batch_with_the_same_bits(files: FileSet, workers: int) -> None:
-    options: dict[str, Any] = {"image_size": 24, "training": True, "mixing": Mixing(mixup=0.4, cutout=3)}
+    options: dict[str, Any] = {"image_size": 24, "training": True}
     batches = FileBatches(files, 2, CPU, GREY, UNIT, workers=workers, **options)
     for number in (3, 4):
         batches.set_epoch(number)

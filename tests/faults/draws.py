@@ -20,11 +20,7 @@ FULL_DISK, LOST_WORKER = "full disk", "lost worker"
 _PRESETS = ("apot-cifar", "fat-cifar", "fat-cifar-log", "apot-imagenet-pot", "apot-imagenet-uniform", "lsq", "pact")
 _LARGER = (("resnet20", "apot-cifar"), ("mobilenet_v2_x0_35", "uniform-mobilenet"))
 _SWITCHES: dict[str, object] = {
-    "mixup": 0.4,
-    "cutout": 3,
     "label_smoothing": 0.1,
-    "dampening": 1e-4,
-    "freeze_weights_from": 0.6,
     "val_split": 0.2,
     "schedule": "cosine",
     "threshold_init": "mse",

@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from signal import Signals
 from typing import Any, Self
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 120
@@ -165,14 +166,14 @@ class Attempt:
                 self.abort(f"no end after {LIMIT_S} s")
         return holds
 
-    def signal(self, number: signal.Signals, ranks: Sequence[int] | None = None) -> None:
+    def signal(self, number: Signals, ranks: Sequence[int] | None = None) -> None:
         """Send a signal to processes that live, by default to all."""
         for rank, pid in enumerate(self.pids):
             if rank not in self.codes and (ranks is None or rank in ranks):
                 with suppress(ProcessLookupError):  # it has ended meanwhile
                     os.kill(pid, number)
 
-    def signal_groups(self, number: signal.Signals) -> None:
+    def signal_groups(self, number: Signals) -> None:
         """Send a signal to all processes and their children."""
         for pid in self.pids:
             with suppress(ProcessLookupError):

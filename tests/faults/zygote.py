@@ -46,7 +46,8 @@ def serve(channel: socket.socket) -> dict[str, Any]:
         channel.sendall(json.dumps(news).encode() + b"\n")
 
     while True:
-        ready, _, _ = select.select([requests, woken], [], [])
+        waiting: list[Any] = [requests, woken]
+        ready, _, _ = select.select(waiting, [], [])
         if woken in ready:
             os.read(woken, 1 << 16)
             while (news := _next_news()) is not None:
@@ -109,8 +110,8 @@ def become(request: dict[str, Any], mains: dict[str, Main]) -> Main:
 
 def _fork_the_fork_server() -> None:
     # as multiprocessing starts it, and start_fork_server has it started, but forked: its imports take seconds
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
-    address = connection.arbitrary_address("AF_UNIX")
+    server: Any = forkserver._forkserver
+    address = connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     if not util.is_abstract_socket_namespace(address):

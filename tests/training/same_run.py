@@ -47,9 +47,9 @@ def assert_same_run(one: Path, other: Path, *, curves: bool = True) -> None:
             assert content.pop("environment")["torch"] == torch.__version__
             for key in ("epochs", "checkpoint_every", "print_freq", "workers"):
                 content["config"].pop(key, None)
-        assert_same(*contents, name)
+        assert_same(contents[0], contents[1], name)
     rows = [[json.loads(line) for line in (folder / METRICS).read_text().splitlines()] for folder in (one, other)]
-    assert_same(*rows, METRICS)
+    assert_same(rows[0], rows[1], METRICS)
     assert [row["epoch"] for row in rows[0]] == list(range(1, len(rows[0]) + 1))
     if curves:
         assert_same(scalars(one), scalars(other), "curves")

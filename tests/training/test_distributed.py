@@ -20,12 +20,13 @@ from torch import nn
 from apot_fat.checkpoint import load_weights, read_checkpoint, write_checkpoint
 from apot_fat.data import ImageBatches, ImageSet, Sharding
 from apot_fat.models import create_model
-from apot_fat.training import evaluate, train_epoch
+from apot_fat.training import TrainConfig, evaluate, train, train_epoch
 from apot_fat.training.build import load_config_dataset, make_batches
 from apot_fat.training.distributed import Processes, process_group
 from apot_fat.training.folder import run_config
 from apot_fat.training.network import create_network
 from apot_fat.training.readback import CHECK_EVERY
+from tests.training.distributed_worker import losses_and_count
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -42,21 +43,16 @@ def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
-@pytest.mark.parametrize("preset", ["apot-cifar"])
-def test_two_and_four_processes_equal_one(tmp_path: Path, preset: str) -> None:
-    outcomes = []
-    for processes in (1, 2, 4):
-        path = tmp_path / f"{processes}.json"
-        command = [sys.executable, str(WORKER)] if processes == 1 else torchrun(processes, WORKER)
-        done = run([*command, str(path), preset], ROOT)
-        assert done.returncode == 0, done.stderr[-3000:]
-        outcomes.append(json.loads(path.read_text()))
-    losses, correct, total = outcomes[0]
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_several_processes_equal_one(tmp_path: Path, processes: int) -> None:
+    losses, correct, total = losses_and_count()
     assert total == 37
-    for other, other_correct, other_total in outcomes[1:]:
-        # a sum in another order can move a value across a threshold, and a quantizer turns that into a jump
-        assert other == pytest.approx(losses, rel=1e-4)
-        assert (other_correct, other_total) == (correct, 37)
+    done = run([*torchrun(processes, WORKER), str(tmp_path / "outcome.json")], ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    other, *counts = json.loads((tmp_path / "outcome.json").read_text())
+    # a sum in another order can move a value across a threshold, and a quantizer turns that into a jump
+    assert other == pytest.approx(losses, rel=1e-4)
+    assert counts == [correct, 37]
 
 
 @pytest.mark.parametrize("processes", [3, pytest.param(4, marks=pytest.mark.slow)])
@@ -208,6 +204,7 @@ def two_processes(line: list[object], until: str, cwd: Path) -> Iterator[tuple[s
                 os.killpg(launched.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_ends_all_within_a_few_steps(tmp_path: Path) -> None:
     line = command_line(tmp_path / "out", epochs=300, batch_size=16, print_freq=1)
     with two_processes(line, "Epoch: [0][3/", tmp_path) as (launched, children):
@@ -223,6 +220,7 @@ def test_a_signal_to_one_process_ends_all_within_a_few_steps(tmp_path: Path) -> 
     assert len(positions) == 2
 
 
+@pytest.mark.slow
 def test_the_run_ends_when_a_process_is_killed(tmp_path: Path) -> None:
     with two_processes(command_line(tmp_path / "out", epochs=500), "best acc", tmp_path) as (launched, children):
         start = time.monotonic()
@@ -234,15 +232,17 @@ def test_the_run_ends_when_a_process_is_killed(tmp_path: Path) -> None:
 def test_the_switches_under_two_processes_are_those_of_one(tmp_path: Path, tiny_npz: tuple[Path, Path]) -> None:
     teacher = tmp_path / "teacher.pth"
     write_checkpoint({"state_dict": create_model("resnet20", bits=32, num_classes=3).state_dict()}, teacher)
-    options = {"data": tiny_npz[0], "test_data": tiny_npz[1], "bit": 4, "epochs": 1, "batch_size": 16}
-    options |= {"crop_padding": 1, "lr": 0.001, "teacher": teacher, "distill_weight": 0.5, "mixup": 0.4, "cutout": 3}
-    options |= {"label_smoothing": 0.1, "dampening": 1e-5, "ema_decay": 0.5, "bn_batches": 2, "compile": "off"}
+    options: dict[str, Any] = {"data": tiny_npz[0], "test_data": tiny_npz[1], "bit": 4, "epochs": 1, "batch_size": 16}
+    options |= {"crop_padding": 1, "lr": 0.001, "teacher": teacher, "distill_weight": 0.5}
+    options |= {"label_smoothing": 0.1, "ema_decay": 0.5, "bn_batches": 2, "compile": "off"}
+    options["output"] = tmp_path / "1"
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+    train(TrainConfig.from_dict({name: str(v) if isinstance(v, Path) else v for name, v in options.items()}))
+    line = [ROOT / "scripts/train.py", *flags, "--sync_bn", "--output", tmp_path / "2"]
+    done = run(torchrun(2, *line), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
     states, losses = [], []
     for processes in (1, 2):
-        line = [ROOT / "scripts/train.py", *flags, "--sync_bn", "--output", tmp_path / str(processes)]
-        done = run(torchrun(processes, *line), tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
         content = read_checkpoint(tmp_path / f"{processes}/resnet20_4bit/checkpoint.pth.tar")
         states.append(content["state_dict"])
         losses.append(content["history"][0]["train_loss"])

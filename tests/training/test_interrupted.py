@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
 from apot_fat.checkpoint import before, read_checkpoint, write_checkpoint
@@ -24,8 +22,9 @@ from apot_fat.data.decoding import read_image
 from apot_fat.models import create_model
 from apot_fat.training import TrainConfig, train
 from apot_fat.training import loop as training_loop
-from apot_fat.training.folder import BEST, LAST, METRICS
+from apot_fat.training.folder import LAST, METRICS
 from apot_fat.training.interruption import InterruptedRunError
+from tests.training.same_run import assert_same_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,37 +33,6 @@ ROOT = Path(__file__).resolve().parents[2]
 def _count_event_files_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     # a reader takes files of one process and one second in the order of their names, where 10 comes before 9
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal to the bit, but for times and places."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("seconds", "output"))
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
-
-
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's curves."""
-    board = EventAccumulator(str(folder)).Reload()
-    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    for name in (LAST, BEST):
-        contents = [read_checkpoint(folder / name) for folder in (one, other)]
-        for content in contents:
-            assert content.pop("environment")["torch"] == torch.__version__
-            for key in ("epochs", "checkpoint_every", "print_freq", "workers"):
-                content["config"].pop(key, None)
-        assert same(*contents), name
-    rows = [[json.loads(line) for line in (folder / METRICS).read_text().splitlines()] for folder in (one, other)]
-    assert same(*rows)
-    assert [row["epoch"] for row in rows[0]] == list(range(1, len(rows[0]) + 1))
-    assert scalars(one) == scalars(other)
 
 
 def config(tiny_npz: tuple[Path, Path], output: Path, **values: Any) -> TrainConfig:
@@ -90,7 +58,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
 
 
 ALL_SWITCHES: dict[str, Any] = {"threshold_init": "mse", "distill_weight": 0.5, "distill_temperature": 2.0}
-ALL_SWITCHES |= {"label_smoothing": 0.1, "mixup": 0.4, "cutout": 3, "dampening": 1e-4, "freeze_weights_from": 0.75}
+ALL_SWITCHES |= {"label_smoothing": 0.1}
 ALL_SWITCHES |= {"ema_decay": 0.8, "bn_batches": 2, "schedule": "cosine", "warmup": 0.5, "accumulate": 2}
 SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
 
@@ -169,7 +137,7 @@ def test_a_resumed_streamed_run_decodes_nothing_before_its_position(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"data": str(image_folder), "test_data": None, "loader": "stream", "image_size": 8}
-    options |= {"workers": 0, "batch_size": 4, "mixup": 0.4}
+    options |= {"workers": 0, "batch_size": 4}
     whole, parts = (config((Path(), Path()), tmp_path / name, **options) for name in ("whole", "parts"))
     train(whole)
     updates = 0
@@ -236,6 +204,7 @@ def wait_for_line(process: subprocess.Popen[str], start: str) -> None:
     assert any(line.startswith(start) for line in process.stdout), f"no line {start}"
 
 
+@pytest.mark.slow  # tests/faults do as much, at random
 def test_a_signal_to_the_whole_group_of_a_streamed_run_saves_it(image_folder: Path, tmp_path: Path) -> None:
     def ended(process: StreamedRun, exit_code: int) -> None:
         said, _ = process.communicate(timeout=120)
@@ -329,10 +298,6 @@ def kill_runs(cases: int, tiny_npz: tuple[Path, Path], tmp_path: Path, launcher:
         total += len(kills)
         print(f"seed {seed}: killed {' and '.join(map(str, kills))} checkpoints on; the same bits ({total} kills)")
     assert total
-
-
-def test_killed_runs_resume_to_the_same_bits(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
-    kill_runs(1, tiny_npz, tmp_path, [sys.executable])
 
 
 @pytest.mark.slow

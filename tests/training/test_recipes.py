@@ -33,7 +33,7 @@ def test_every_recipe_trains_two_steps(path: Path) -> None:
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, len(batches))
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    objective = Objective(label_smoothing=config.label_smoothing, dampening=config.dampening)
+    objective = Objective(label_smoothing=config.label_smoothing)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     result = train_epoch(model, batches, optimizer, schedule, scaler, objective=objective)
     assert result.total == 4
