@@ -228,7 +228,7 @@ def _flag(name: str, value: object) -> list[str]:
 
 def _check_end(fault: Fault, codes: dict[int, int], said: str, *, has_workers: bool) -> None:
     number = _SIGNALS.get(fault.kind, signal.SIGTERM)
-    # Python itself says where the second SIGINT hit, workers that their process was killed, TensorBoard's thread its end
+    # Python itself says where the second SIGINT hit, workers that their process is gone, TensorBoard that it has ended
     is_said = fault.kind == INT_TWICE or (number == signal.SIGKILL and has_workers) or "goes on without" in said
     assert is_said or "Traceback" not in said, f"{codes}: {said}"
     allowed = {0, -number, 128 + number}
