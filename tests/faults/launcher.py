@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from signal import Signals
 from typing import Any, Self
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -159,21 +158,21 @@ class Attempt:
             self.launcher.listen(0.01)
             if failed_at is None and any(self.codes.values()):
                 failed_at = self.seconds
-                self.signal(signal.SIGTERM)
+                self.send(signal.SIGTERM)
             if failed_at is not None and self.seconds > failed_at + GRACE_S:
                 self.abort(f"processes outlived another by {GRACE_S} s")
             if self.seconds > LIMIT_S:
                 self.abort(f"no end after {LIMIT_S} s")
         return holds
 
-    def signal(self, number: Signals, ranks: Sequence[int] | None = None) -> None:
+    def send(self, number: signal.Signals, ranks: Sequence[int] | None = None) -> None:
         """Send a signal to processes that live, by default to all."""
         for rank, pid in enumerate(self.pids):
             if rank not in self.codes and (ranks is None or rank in ranks):
                 with suppress(ProcessLookupError):  # it has ended meanwhile
                     os.kill(pid, number)
 
-    def signal_groups(self, number: Signals) -> None:
+    def send_to_groups(self, number: signal.Signals) -> None:
         """Send a signal to all processes and their children."""
         for pid in self.pids:
             with suppress(ProcessLookupError):
@@ -181,9 +180,9 @@ class Attempt:
 
     def abort(self, reason: str) -> None:
         """Fail, saying where the processes stand."""
-        self.signal(signal.SIGUSR1)
+        self.send(signal.SIGUSR1)
         time.sleep(1)
-        self.signal_groups(signal.SIGKILL)
+        self.send_to_groups(signal.SIGKILL)
         raise AssertionError(f"{reason}: exit codes {self.codes}\n{self.log.read_text()[-20000:]}")
 
     def check_nothing_is_left(self) -> None:
@@ -191,7 +190,7 @@ class Attempt:
         end = time.monotonic() + 30
         while left := [found for pid in self.pids for found in session(pid)]:
             if time.monotonic() > end:
-                self.signal_groups(signal.SIGKILL)
+                self.send_to_groups(signal.SIGKILL)
                 raise AssertionError(f"processes left: {left}\n{self.log.read_text()[-20000:]}")
             time.sleep(0.01)
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 from collections.abc import Sequence
@@ -162,7 +163,7 @@ class Trial:
                 attempt.wait()
         finally:
             filler.unlink(missing_ok=True)
-        _check_end(fault, attempt.codes, attempt.log.read_text())
+        _check_end(fault, attempt.codes, attempt.log.read_text(), has_workers=self.run.workers > 0)
         attempt.check_nothing_is_left()
         if any(attempt.codes.values()):
             self.had.append(fault)
@@ -179,27 +180,35 @@ class Trial:
 
     def _strike(self, fault: Fault, attempt: Attempt, filler: Path) -> None:
         if fault.kind == FULL_DISK:
-            free = os.statvfs(filler.parent)
-            with filler.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_bsize - int(fault.amount * 4e6))
+            self._fill_disk(int(fault.amount * 4e6), attempt, filler)
         elif fault.kind == LOST_WORKER:
-            attempt.signal(signal.SIGCONT)
+            attempt.send(signal.SIGCONT)
             if attempt.wait(lambda: bool(attempt.workers())):
                 os.kill(attempt.workers()[0], signal.SIGKILL)
         elif fault.kind == INT_GROUP:
-            attempt.signal_groups(signal.SIGINT)
+            attempt.send_to_groups(signal.SIGINT)
         else:
-            attempt.signal(_SIGNALS[fault.kind], None if fault.kind in (KILL_ALL, TERM_ALL) else [fault.rank])
-        attempt.signal(signal.SIGCONT)
+            attempt.send(_SIGNALS[fault.kind], None if fault.kind in (KILL_ALL, TERM_ALL) else [fault.rank])
+        attempt.send(signal.SIGCONT)
         if fault.kind == INT_TWICE:
             again = attempt.seconds + fault.amount * 0.1
             if attempt.wait(lambda: attempt.seconds > again):
-                attempt.signal(signal.SIGINT, [fault.rank])
+                attempt.send(signal.SIGINT, [fault.rank])
+
+    def _fill_disk(self, left: int, attempt: Attempt, filler: Path) -> None:
+        if self.launcher.has_small_disk:
+            free = os.statvfs(filler.parent)
+            with filler.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_bsize - left)
+        else:  # the next best: no file may become larger, but for the log
+            for pid in attempt.pids:
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (max(left, 1 << 16),) * 2)
 
     def _compare(self, whole: Path, parts: Path) -> None:
         # of an epoch that the disk had no room for there are no curves
         assert_same_run(whole, parts, curves=all(fault.kind != FULL_DISK for fault in self.had))
         assert not list(parts.glob(".*.tmp"))
+        assert before(parts / LAST).exists()
         rows = [json.loads(line) for line in (parts / METRICS).read_text().splitlines()]
         for name in (LAST, BEST):
             # the best checkpoint may name images that have moved since
@@ -217,10 +226,11 @@ def _flag(name: str, value: object) -> list[str]:
     return [f"--{name}"] if value is True else [f"--{name}", str(value)]
 
 
-def _check_end(fault: Fault, codes: dict[int, int], said: str) -> None:
-    # Python itself says that a second SIGINT has hit a destructor, or one its end
-    assert "Traceback" not in said or fault.kind == INT_TWICE or not any(codes.values()), said
+def _check_end(fault: Fault, codes: dict[int, int], said: str, *, has_workers: bool) -> None:
     number = _SIGNALS.get(fault.kind, signal.SIGTERM)
+    # Python itself says where the second SIGINT hit, workers that their process is gone, TensorBoard that it has ended
+    is_said = fault.kind == INT_TWICE or (number == signal.SIGKILL and has_workers) or "goes on without" in said
+    assert is_said or "Traceback" not in said, f"{codes}: {said}"
     allowed = {0, -number, 128 + number}
     if len(codes) > 1:  # and those who have lost one
         allowed |= {-signal.SIGTERM, 128 + signal.SIGTERM, 4}

@@ -46,16 +46,15 @@ def serve(channel: socket.socket) -> dict[str, Any]:
         channel.sendall(json.dumps(news).encode() + b"\n")
 
     while True:
-        waiting: list[Any] = [requests, woken]
-        ready, _, _ = select.select(waiting, [], [])
+        ready, _, _ = select.select([channel.fileno(), woken], [], [])
         if woken in ready:
             os.read(woken, 1 << 16)
             while (news := _next_news()) is not None:
                 tell(pid=news[0], **news[1])
-        if requests in ready:
+        if channel.fileno() in ready:
             line = requests.readline()
             if not line:
-                sys.exit()
+                os._exit(0)
             if not (pid := os.fork()):
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -93,9 +92,10 @@ def become(request: dict[str, Any], mains: dict[str, Main]) -> Main:
         os.dup2(output, target)
     os.close(output)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     sys.argv = [f"{request['script']}.py", *request["argv"]]
-    if request["has_workers"]:
+    if request["has_workers"] and sys.version_info < (3, 14):  # from then on it takes a key, and seconds
         _fork_the_fork_server()
     if request["watched"]:
         _watch(request["watched"], request["stop_at"])
@@ -152,6 +152,8 @@ def run(request: dict[str, Any], mains: dict[str, Main]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         code = 1
+    for number in ENDING_A_RUN:  # what they do to an interpreter at its end is Python's affair
+        signal.signal(number, signal.SIG_IGN)
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()

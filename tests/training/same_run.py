@@ -42,14 +42,14 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def assert_same_run(one: Path, other: Path, *, curves: bool = True) -> None:
     for name in (LAST, BEST):
-        contents = [read_checkpoint(folder / name) for folder in (one, other)]
-        for content in contents:
+        a, b = (read_checkpoint(folder / name) for folder in (one, other))
+        for content in (a, b):
             assert content.pop("environment")["torch"] == torch.__version__
             for key in ("epochs", "checkpoint_every", "print_freq", "workers"):
                 content["config"].pop(key, None)
-        assert_same(contents[0], contents[1], name)
-    rows = [[json.loads(line) for line in (folder / METRICS).read_text().splitlines()] for folder in (one, other)]
-    assert_same(rows[0], rows[1], METRICS)
-    assert [row["epoch"] for row in rows[0]] == list(range(1, len(rows[0]) + 1))
+        assert_same(a, b, name)
+    rows, others = ([json.loads(line) for line in (run / METRICS).read_text().splitlines()] for run in (one, other))
+    assert_same(rows, others, METRICS)
+    assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
     if curves:
         assert_same(scalars(one), scalars(other), "curves")
