@@ -3,6 +3,7 @@
 from apot_fat.checkpoint.files import (
     atomic_write,
     before,
+    checksum,
     drop_damaged,
     file_checksum,
     read_checkpoint,
@@ -22,6 +23,7 @@ __all__ = [
     "before",
     "best_accuracy",
     "checkpoint_thresholds",
+    "checksum",
     "drop_damaged",
     "fetch_released",
     "file_checksum",

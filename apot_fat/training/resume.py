@@ -8,7 +8,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from apot_fat.checkpoint import TORCHVISION, before, file_checksum, read_checkpoint, read_newest
+from apot_fat.checkpoint import (
+    TORCHVISION,
+    before,
+    checksum,
+    file_checksum,
+    read_checkpoint,
+    read_newest,
+    state_dict_of,
+)
 from apot_fat.data import Dataset
 from apot_fat.training.build import load_config_dataset
 from apot_fat.training.config import TrainConfig
@@ -111,7 +119,7 @@ def checked_sources(
     dataset: Dataset | None,
     names: Collection[str] = _PLACES.keys(),
 ) -> dict[str, str]:
-    """What a run reads: SHA-256 of its images, and of the checkpoints of ``init`` and ``teacher`` where they are there.
+    """What a run reads: SHA-256 of its images, and of the weights of ``init`` and ``teacher`` where they are there.
 
     Args:
         content: the checkpoint that it goes on from; None at its start.
@@ -126,7 +134,7 @@ def checked_sources(
     now = {} if dataset is None else {"data": dataset.checksum}
     for name, path in files.items():
         if path not in (None, "none", TORCHVISION) and Path(path).is_file() and name in names:
-            now[name] = file_checksum(path)
+            now[name] = _network_checksum(path)
     if content is None:
         return now
     recorded: dict[str, str] = content.get("sources", {})
@@ -148,6 +156,14 @@ def checked_sources(
                 "give that, or name another --output"
             )
     return now | recorded
+
+
+def _network_checksum(path: str) -> str:
+    # of the weights: a stage of a chain that is trained again to the same bits took other seconds
+    try:
+        return checksum(state_dict_of(read_checkpoint(path)))
+    except ValueError:  # a packed file, or a damaged one
+        return file_checksum(path)
 
 
 def _moved(then: TrainConfig, now: TrainConfig) -> dict[str, str]:

@@ -185,3 +185,9 @@ def test_a_damaged_checkpoint_does_not_push_out_the_sound_one(tiny_npz: tuple[Pa
     train(config, resume="auto")
     assert read_checkpoint(last)["epoch"] == 2
     assert read_checkpoint(checkpoint_before(last))["epoch"] == 1
+
+
+def test_a_teacher_written_again_with_the_same_weights_is_the_same(short: dict[str, Any], tmp_path: Path) -> None:
+    write_checkpoint({**read_checkpoint(short["teacher"]), "seconds": 2.0}, tmp_path / "again.pth")
+    again = str(tmp_path / "again.pth")
+    assert train(TrainConfig(**{**short, "init": again, "teacher": again}), resume="auto").epochs == 2
