@@ -16,7 +16,7 @@ NETWORK = """
 from torch import nn
 
 
-def small():
+def own_convnet():
     convs = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()
     return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
 """
@@ -27,9 +27,9 @@ def test_files_of_a_network_of_ones_own(run: Run, tiny_npz: tuple[Path, Path], t
     own.write_text(NETWORK)
     namespace: dict[str, Callable[[], torch.nn.Module]] = {}
     exec(NETWORK, namespace)
-    model = namespace["small"]()
+    model = namespace["own_convnet"]()
     torch.save(model.state_dict(), tmp_path / "float.pth")
-    named = ("--model", f"{own}:small")
+    named = ("--model", f"{own}:own_convnet")
     data = ("--data", tiny_npz[0], "--test-data", tiny_npz[1])
     code, out, err = run(
         "quantize.py", "--init", "../float.pth", *named, *data, "--bits", 4, "--output", "q.safetensors"
@@ -41,7 +41,7 @@ def test_files_of_a_network_of_ones_own(run: Run, tiny_npz: tuple[Path, Path], t
     assert f"{correct[1]} of 21 images correct" in out
     code, out, err = run("report.py", "q.safetensors", *named, "--data", tiny_npz[1], "--output", "q.html")
     assert (code, err) == (0, "")
-    assert "small" in Path("q.html").read_text()
+    assert "own_convnet" in Path("q.html").read_text()
     code, out, err = run(
         "export.py", "q.safetensors", *named, "--image-size", 8, "--to", "packed", "--output", "r.safetensors"
     )
@@ -54,9 +54,9 @@ def test_files_of_a_network_of_ones_own(run: Run, tiny_npz: tuple[Path, Path], t
     assert out.splitlines() == lines
     for argv, message in (
         ((), "give one to fill as model (--model)"),
-        (("--model", "absent.py:small"), "'absent.py' does not run (FileNotFoundError"),
+        (("--model", "absent.py:own_convnet"), "'absent.py' does not run (FileNotFoundError"),
         (("--model", f"{own}:large"), "no function large in"),
-        (("--model", "small"), "--model small: expected FILE.py:FUNCTION"),
+        (("--model", "own"), "--model own: expected FILE.py:FUNCTION"),
     ):
         code, _, err = run("evaluate.py", "--init", "own.safetensors", *argv, *data)
         assert (code, err.count("\n")) == (2, 1)
