@@ -166,7 +166,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the images of all processes for tensors on a CPU, where PyTorch's own does not run.
 
     Equation: (x − mean) / sqrt(var + eps) · weight + bias, with mean and biased variance over all processes' images;
-    the running variance is unbiased. The gradient goes through both, summed over processes.
+    the running variance is unbiased. The gradient goes through both, summed over processes. Statistics of half
+    precision are computed in float32, as PyTorch's are.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -176,17 +177,20 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalise; shape of the input (N, C, …)."""
         if not self.training or not dist.is_initialized():
             return super().forward(input)
-        axes = [axis for axis in range(input.dim()) if axis != 1]
-        count = input.new_tensor([input.numel() / input.shape[1]])
-        sums = _AllReduce.apply(torch.cat([input.sum(axes), count]))
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        count = x.new_tensor([x.numel() / x.shape[1]])
+        sums = _AllReduce.apply(torch.cat([x.sum(axes), count]))
         total, mean = sums[-1], sums[:-1] / sums[-1]
-        shape = [1, -1, *[1] * (input.dim() - 2)]
-        centered = input - mean.view(shape)
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        centered = x - mean.view(shape)
         variance = _AllReduce.apply(centered.square().sum(axes)) / total
         self._update_running(mean.detach(), variance.detach() * total / (total - 1))
         scale = torch.rsqrt(variance + self.eps)
         y = centered * scale.view(shape)
-        return y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(input.dtype)
 
     def _update_running(self, mean: Tensor, variance: Tensor) -> None:
         if not self.track_running_stats:

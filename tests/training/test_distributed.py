@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -22,7 +23,7 @@ from apot_fat.data import ImageBatches, ImageSet, Sharding
 from apot_fat.models import create_model
 from apot_fat.training import TrainConfig, evaluate, train, train_epoch
 from apot_fat.training.build import load_config_dataset, make_batches
-from apot_fat.training.distributed import Processes, process_group
+from apot_fat.training.distributed import Processes, process_group, synchronize_batch_norm
 from apot_fat.training.folder import run_config
 from apot_fat.training.network import create_network
 from apot_fat.training.readback import CHECK_EVERY
@@ -139,8 +140,6 @@ class _ToDouble(nn.Module):
 
 
 def test_sync_batch_norm_alone_equals_batch_norm() -> None:
-    from apot_fat.training.distributed import synchronize_batch_norm
-
     plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     names = list(plain.state_dict())
     synchronized = synchronize_batch_norm(plain, torch.device("cpu"))
@@ -148,6 +147,20 @@ def test_sync_batch_norm_alone_equals_batch_norm() -> None:
     x = torch.randn(5, 3, 4, 4)
     expected = F.batch_norm(plain[0](x), None, None, torch.ones(4), torch.zeros(4), training=True)
     torch.testing.assert_close(synchronized(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sync_batch_norm_has_statistics_of_single_precision(dtype: torch.dtype) -> None:
+    norm = synchronize_batch_norm(nn.Sequential(nn.BatchNorm2d(4)), torch.device("cpu"))
+    x = (300 * torch.randn(8, 4, 16, 16)).to(dtype)  # squares that float16 does not hold
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        y = norm(x)
+    finally:
+        dist.destroy_process_group()
+    expected = nn.BatchNorm2d(4)
+    torch.testing.assert_close(y, expected(x))
+    torch.testing.assert_close(norm[0].running_var, expected.running_var)
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
