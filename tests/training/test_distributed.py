@@ -151,16 +151,17 @@ def test_sync_batch_norm_alone_equals_batch_norm() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sync_batch_norm_has_statistics_of_single_precision(dtype: torch.dtype) -> None:
-    norm = synchronize_batch_norm(nn.Sequential(nn.BatchNorm2d(4)), torch.device("cpu"))
+    norm = nn.BatchNorm2d(4)
+    synchronize_batch_norm(nn.Sequential(norm), torch.device("cpu"))
     x = (300 * torch.randn(8, 4, 16, 16)).to(dtype)  # squares that float16 does not hold
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         y = norm(x)
     finally:
         dist.destroy_process_group()
     expected = nn.BatchNorm2d(4)
     torch.testing.assert_close(y, expected(x))
-    torch.testing.assert_close(norm[0].running_var, expected.running_var)
+    torch.testing.assert_close(norm.running_var, expected.running_var)
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
