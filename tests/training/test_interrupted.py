@@ -183,9 +183,9 @@ def test_a_resumed_streamed_run_decodes_nothing_before_its_position(
             os.kill(os.getpid(), signal.SIGINT)
         update(meter, *args)
 
-    def counting(path: Path) -> Image.Image:
+    def counting(path: Path, shorter_side: int) -> Image.Image:
         decoded.append(path.parts[-3])
-        return read_image(path)
+        return read_image(path, shorter_side)
 
     monkeypatch.setattr(training_loop.Meter, "update", signalling)
     with pytest.raises(InterruptedRunError):
