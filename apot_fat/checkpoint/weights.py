@@ -164,7 +164,7 @@ def check_values(name: str, values: Tensor, label: str) -> None:
     wrong = low if math.isfinite(high) else high
     kind = "variances" if is_variance else "thresholds" if _THRESHOLD.search(name) else "weights and means"
     allowed = "finite and at least 0" if is_variance else "finite"
-    raise ValueError(f"{label}: {name} holds {wrong}, {kind} are {allowed}; it is damaged or its training diverged")
+    raise ValueError(f"{label}: {name} holds {wrong}, {kind} are {allowed}; damaged, or its training diverged")
 
 
 def checkpoint_thresholds(
