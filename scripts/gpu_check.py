@@ -1,4 +1,4 @@
-"""Check and time a GPU, in minutes: python scripts/gpu_check.py [--only a,c] [--device cuda:0] [--json FILE] [--quick].
+"""Check and time a GPU, in minutes: python scripts/gpu_check.py [--only a,c] [--match TEXT] [--json FILE] [--quick].
 
 Sections: (a) layers beside their fixtures, (b) runs stopped and resumed, to the bit, (c) what the host waits for in a
 step, (d) a chain of bit-widths, compiled, (e) torchrun on all GPUs, (f) image files, (g) quantizers, steps and epochs
@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the sections, say each row as it is found, print the table; exit with 1 if a row failed."""
     parser = OneLineParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--only", metavar="A,B,…", help=f"sections to run, of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--match", metavar="TEXT", default="", help="of these the rows in whose name this is")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too, as they are found")
     parser.add_argument("--quick", action="store_true", help="everything tiny: checks the checks, judges no goal")
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         check = Check(device, options.quick, Path(folder))
         for name in wanted:
-            for row in run_section(name, SECTIONS[name], check):
+            for row in run_section(name, SECTIONS[name], check, options.match):
                 rows.append(row)
                 said = f"{name} {row.what}: {row.value} {row.verdict}\n{row.traceback}"
                 print(said, end="", file=sys.stderr, flush=True)

@@ -72,13 +72,14 @@ class Row:
     traceback: str = ""
 
 
-def run_section(name: str, section: Section, check: Check) -> Iterator[Row]:
-    """The rows of a section; an error in one is its row, and the rest goes on."""
+def run_section(name: str, section: Section, check: Check, match: str = "") -> Iterator[Row]:
+    """The rows of a section, those in whose name ``match`` is; an error in one is its row, and the rest goes on."""
     kernels = get_kernels()
     torch.manual_seed(0)
     try:
         for what, measure in section(check):
-            yield _row(name, what, measure)
+            if match in what:
+                yield _row(name, what, measure)
     except Exception as error:
         yield Row(name, "(preparation)", _said(error), traceback=traceback.format_exc())
     finally:

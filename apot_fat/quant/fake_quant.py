@@ -134,7 +134,8 @@ def weight_backward(
     above, below = u > 1, u < low
     slope = torch.where(above, 1, torch.where(below, low, w_q / alpha_used - u))
     grad_w = torch.where(above | below, 0, grad) if clip_gradient else grad
-    return grad_w, _alpha_gradient(grad, slope, alpha)
+    parts = slope.mul_(grad)
+    return grad_w, (parts[..., None].flatten(1).sum(1) if alpha.dim() else parts.sum()).to(alpha.dtype)
 
 
 def activation_forward(x: Tensor, alpha: Tensor, levels: LevelSet, clip: InputClip) -> Tensor:
@@ -168,7 +169,7 @@ def activation_gradients(
         slope = above.to(u.dtype)
     else:
         slope = torch.where(above, 1, q - (u if clip == "above" else u.clamp_(min=0)))
-    return torch.where(outside, 0, grad), _alpha_gradient(grad, slope, alpha)
+    return torch.where(outside, 0, grad), seam.speed.total(slope.mul_(grad)).to(alpha.dtype)
 
 
 class _Quantize(torch.autograd.Function):
@@ -197,8 +198,3 @@ def _from_units(q: Tensor, alpha_used: Tensor, dtype: torch.dtype) -> Tensor:
     # gradient where the result is written in place, or by a conversion that changes nothing.
     value = q * alpha_used if torch.compiler.is_compiling() else q.mul_(alpha_used)
     return value if value.dtype == dtype else value.to(dtype)
-
-
-def _alpha_gradient(grad: Tensor, slope: Tensor, alpha: Tensor) -> Tensor:
-    parts = slope.mul_(grad)
-    return (parts[..., None].flatten(1).sum(1) if alpha.dim() else parts.sum()).to(alpha.dtype)

@@ -49,6 +49,11 @@ class Plain:
     """With a u that may be overwritten."""
 
     @staticmethod
+    def total(parts: Tensor) -> Tensor:
+        """The sum of all, 0-d."""
+        return parts.sum()
+
+    @staticmethod
     def weight(layer: MemoryLayer, compute: Callable[[], Tensor]) -> Tensor:
         """The quantized weight of a layer: what ``compute`` makes of its parameters."""
         return compute()

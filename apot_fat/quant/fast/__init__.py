@@ -16,6 +16,7 @@ class _Fast(seam.Plain):
     choices = get_args(KernelChoice)
     pointwise = staticmethod(kernels.pointwise)
     project = staticmethod(projection.project)
+    total = staticmethod(kernels.total)
     weight = staticmethod(kept.kept_weight)
     output = staticmethod(layer_output.layer_output)
     forget = staticmethod(kept.forget)

@@ -1,7 +1,7 @@
 """How the quantizers' pointwise functions are run: compiled into one pass over memory, or eagerly.
 
-``pointwise`` brings every tensor to one dimension in the order of its storage, so that a function is compiled once for
-all shapes and memory formats. ``seam.set_kernels`` chooses.
+``pointwise`` brings every tensor to one dimension in the order of its storage, or on a GPU to rows of one length, so
+that a function is compiled once for all shapes and memory formats. ``seam.set_kernels`` chooses.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _CPU_BOUNDS = (1 << 12,)  # up to here serial code
 # Up to 2^13 elements are summed by one block of threads, more by one for each 2^13, whose number is then fixed: enough
 # for eight times as many elements, and from 2^22 on for any. From 2^31 on an index takes 64 bits; in a sum from a few
 # elements less on, since all blocks have parts of one size.
-_GPU_BOUNDS = (1 << 13, 1 << 16, 1 << 19, 1 << 22, (1 << 31) - (1 << 15), (1 << 31) - 1)
+_GPU_BOUNDS = (1 << 13, 1 << 16, 1 << 19, 1 << 22, 1 << 25, 1 << 28, (1 << 31) - (1 << 15), (1 << 31) - 1)
+_GPU_ROW = 1024  # a GPU's kernel sums a row of this length while it writes what else is made of it
 
 _ROUNDED_DIVISION = "eager_numerics.division_rounding"
 
@@ -61,22 +62,22 @@ def pointwise(
             scratch = _scratch.of(into, like.numel())
             operands.insert(0, scratch)
         overwrites = scratch is not None or isinstance(into, Tensor)
-        key = (like.device, _size_class(like), torch.is_inference_mode_enabled())
         types = tuple(tensor.dtype for tensor in operands)
-        kernel = _compiled(function, settings, scratch is not None, overwrites, (*key, types, layout.special_sizes))
+        key = (like.device, _size_class(like), torch.is_inference_mode_enabled(), types, layout.special_sizes)
+        kernel = _compiled(function, settings, scratch is not None, overwrites, layout.in_gpu_rows, key)
         results = _as_tuple(kernel(*operands))
         if overwrites:
             results = (operands[0], *results)
     else:
         results = _as_tuple(function(*operands, *settings))
-    shaped = tuple(layout.restore(result) if result.dim() == 1 + rows else result for result in results)
+    shaped = tuple(layout.restore(result) if result.dim() == len(layout.flat) else result for result in results)
     if isinstance(into, Tensor) and into.data_ptr() == shaped[0].data_ptr():
         return into, *shaped[1:]  # not a view of it: autograd adds to a gradient in place that nobody else holds
     return shaped
 
 
 class _Layout:
-    """One dimension in the order of a tensor's storage, or with ``rows`` two, the first its own; and back."""
+    """One dimension in the order of a tensor's storage, or two, with ``rows`` the first its own; and back."""
 
     def __init__(self, like: Tensor, *, rows: bool) -> None:
         self.shape, self.strides = like.shape, like.stride()
@@ -86,7 +87,12 @@ class _Layout:
         # a dense tensor's rows lie one after the other in either format
         order = sorted(range(rows, like.dim()), key=like.stride, reverse=True)
         self.order = [] if self.is_dense else [0, *order] if rows else order
-        self.flat = (len(like), like.numel() // max(len(like), 1)) if rows else (like.numel(),)
+        self.in_gpu_rows = like.is_cuda and like.numel() > 0 and like.numel() % _GPU_ROW == 0 and not rows
+        self.flat: tuple[int, ...] = (like.numel(),)
+        if self.in_gpu_rows:
+            self.flat = (like.numel() // _GPU_ROW, _GPU_ROW)
+        elif rows:
+            self.flat = (len(like), like.numel() // max(len(like), 1))
 
     @property
     def special_sizes(self) -> tuple[bool, ...]:
@@ -142,6 +148,16 @@ def _probe(x: Tensor) -> Tensor:
     return x + 1
 
 
+def total(parts: Tensor) -> Tensor:
+    """``seam.Plain.total``; compiled, of rows or channels first, so that what reads the same reads it once."""
+    if torch.compiler.is_compiling():
+        if parts.dim() == 2:
+            return parts.sum(1).sum()
+        if parts.dim() == 4:  # as the batch norm before sums its gradients
+            return parts.sum((0, 2, 3)).sum()
+    return parts.sum()
+
+
 def _compiles(x: Tensor) -> bool:
     if get_kernels() == "eager" or x.numel() < 2:  # sizes 0 and 1 are never dynamic
         return False
@@ -168,9 +184,16 @@ def inductor_options(device_type: str) -> dict[str, Any]:
 
 @cache
 def _compiled(
-    function: Callable[..., Any], settings: tuple[Any, ...], has_scratch: bool, overwrites: bool, key: tuple[Any, ...]
+    function: Callable[..., Any],
+    settings: tuple[Any, ...],
+    has_scratch: bool,
+    overwrites: bool,
+    in_gpu_rows: bool,
+    key: tuple[Any, ...],
 ) -> Callable[..., Any]:
     def kernel(*tensors: Tensor) -> Any:
+        if in_gpu_rows:
+            torch._check(tensors[0].shape[1] == _GPU_ROW)  # to the compiler a number, not a variable
         results = function(*tensors[1 if has_scratch else 0 :], *settings)
         if not overwrites:
             return results

@@ -33,7 +33,7 @@ def project(u: Tensor, levels: LevelSet) -> Tensor:
     if torch.compiler.is_compiling():
         q = _round_to_power_of_two(u, levels.levels[1]) if by_bits else search(u, levels)
         q = over_steps(q, levels.steps) if levels.has_table and not by_bits else q
-        return q.masked_fill_(u != u, math.nan)  # Inductor computes isnan() one element at a time
+        return torch.where(u != u, math.nan, q)  # Inductor computes isnan() one element at a time
     if by_bits:
         octaves = u.view(torch.int32).bitwise_right_shift_(22).bitwise_and_(0x1FF)  # exponent and half of an octave
         return _octave_levels(levels, u.device).index_select(0, octaves.flatten()).view(u.shape)
@@ -48,7 +48,7 @@ def _round_to_power_of_two(u: Tensor, smallest: float) -> Tensor:
     # half of the largest mantissa added to a float's bits carries into the exponent from 1.5 · 2^k on
     exponent = (u.view(torch.int32) + 0x00400000).bitwise_and_(-0x00800000)
     rounded = exponent.view(torch.float32).clamp_(min=literal(smallest, u))
-    return rounded.masked_fill_(u < literal(smallest / 2, u), 0.0)
+    return torch.where(u < literal(smallest / 2, u), 0.0, rounded)
 
 
 def search(u: Tensor, levels: LevelSet) -> Tensor:
