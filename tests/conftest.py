@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -40,6 +41,13 @@ def _same_kernels() -> Iterator[None]:
     before = get_kernels()
     yield
     set_kernels(before)
+
+
+@pytest.fixture(autouse=True)
+def _count_event_files_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a reader takes TensorBoard's files of one process and one second in the order of their names, 10 before 9
+    if writer := sys.modules.get("tensorboard.summary.writer.event_file_writer"):
+        monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(0))
 
 
 @pytest.fixture
