@@ -101,7 +101,7 @@ def test_auto_falls_back_and_model_does_not(caplog: pytest.LogCaptureFixture) ->
 def test_what_evaluation_keeps_stays_where_a_graph_found_it(
     compilations: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("apot_fat.quant.fast.kept.bytes_work", lambda: False)  # with them it keeps bytes
+    monkeypatch.setattr("apot_fat.quant.fast.kept.multiplies_bytes", lambda *_: False)  # with them it keeps bytes
     model = network()
     compiled = compile_network(model, "model", CPU)
     layer: Any = model[0]  # type: ignore[index]

@@ -1,9 +1,12 @@
 """Convolution and linear layer of quantized operands as products of 8-bit integers, for evaluation on a CPU.
 
 A quantized input is α_a a / d_a with a from 0 to 255, a quantized weight α_w n / d_w with n from −128 to 127, so that a
-layer's sums are integers times one factor a channel. Processors with integer dot products (VNNI, AMX) form them
-several times faster than floats and without rounding: they do not depend on the order of adding, on threads or on the
-batch, and are those of integer inference. The products are PyTorch's own oneDNN operators.
+layer's sums are integers times one factor a channel. Processors with instructions for bytes form them faster than
+floats and without rounding: they do not depend on the order of adding, on threads or on the batch, and are those of
+integer inference. The products are PyTorch's own oneDNN operators.
+
+Older processors (AVX2, AVX-512 without VNNI) add two products in 16 bits, saturating: they are given the levels alone
+whose products stay below half of that, such as 10 · 48 of 4-bit APoT. ``largest_product`` tries it out.
 
 Legend: Σ the sum of products, s the factor of a channel.
 """
@@ -26,7 +29,7 @@ from apot_fat.quant.spec import InputClip
 from apot_fat.quant.units import threshold_in_use
 from apot_fat.text import one_line
 
-_DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8")  # older instructions saturate sums of two products at 16 bits
+_BYTES = (255, 127), (129, 127)  # the largest input and weight there are; and whose product is below 2^14
 _MAX_SUM = (1 << 31) - 1  # what the products are added up in
 
 log = logging.getLogger("apot_fat")
@@ -45,9 +48,11 @@ class ByteWeight(NamedTuple):
     channels_last: bool
 
 
-def fits_bytes(weights: LevelSet, act: LevelSet, clip: InputClip) -> bool:
-    """Whether the levels of a weight and of an unsigned input have numerators of 8 bits."""
-    return has_codes(act, clip) and weights.numerators[0] >= -128 and weights.numerators[-1] <= 127
+def multiplies_bytes(weights: LevelSet, act: LevelSet, clip: InputClip) -> bool:
+    """Whether the levels of a weight and of an unsigned input have numerators of 8 bits, which this processor adds."""
+    if not has_codes(act, clip) or weights.numerators[0] < -128 or weights.numerators[-1] > 127:
+        return False
+    return max(-weights.numerators[0], weights.numerators[-1]) * act.numerators[-1] <= largest_product()
 
 
 def pack_weight(
@@ -58,7 +63,7 @@ def pack_weight(
     Args:
         w_q: (C_out, C_in / groups, k_h, k_w), or (C_out, C_in) without ``conv``.
         weight_alpha: threshold, 0-d or (C_out,).
-        weights: its levels, see ``fits_bytes``.
+        weights: its levels, see ``multiplies_bytes``.
         act_alpha: the input's threshold, 0-d.
         act: the input's levels.
         conv: the convolution, or None for a linear layer.
@@ -126,30 +131,30 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 @cache
-def bytes_work() -> bool:
-    """Whether this processor multiplies bytes without saturating and PyTorch gives exact sums: tried once, logged."""
+def largest_product() -> int:
+    """The largest product of two bytes that this processor sums exactly, however many; 0 if none. Tried, and logged."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if not any(capabilities.get(name) for name in _DOT_PRODUCTS):
-        return False
+    if not capabilities.get("avx2"):  # a product in plain C++ is slower than one of floats
+        return 0
     try:
-        right = _sums_are_exact()
+        found = next((a * n for a, n in _BYTES if _sums_are_exact(a, n)), 0)
     except Exception as error:
         log.info("quantized layers multiply floats in evaluation: no 8-bit products (%s)", one_line(error)[:200])
-        return False
-    if right:
-        log.info("quantized layers multiply 8-bit integers in evaluation on cpu")
-    return right
+        return 0
+    if found:
+        log.info("quantized layers multiply 8-bit integers in evaluation on cpu, up to products of %d", found)
+    return found
 
 
-def _sums_are_exact() -> bool:
-    # the largest products there are, more of them than 16 bits hold
-    ones, bytes_levels = torch.ones(()), LevelSet((0, 255), 255)
-    act = ActSettings(bytes_levels, "both", "full", 1.0)
+def _sums_are_exact(largest_input: int, largest_weight: int) -> bool:
+    # more of these products than 16 bits hold
+    ones, levels = torch.ones(()), LevelSet((0, largest_input), largest_input)
+    act = ActSettings(levels, "both", "full", 1.0)
     with torch.no_grad():
         for conv in (None, ConvSettings((1, 1), (0, 0), (1, 1), 1)):
             shape = (3, 64) if conv is None else (3, 64, 1, 1)
             w_q, x = torch.full(shape, -1.0), torch.ones(2, *shape[1:])
-            packed = pack_weight(w_q, ones, LevelSet((0, 127), 127), ones, bytes_levels, conv)
+            packed = pack_weight(w_q, ones, LevelSet((0, largest_weight), largest_weight), ones, levels, conv)
             if packed is None or (byte_product(x, ones, packed, None, act, conv) + 64).abs().max() > 1e-4:
                 return False
     return True

@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from apot_fat.quant.fast.byte_product import ByteWeight, bytes_work, fits_bytes, pack_weight
+from apot_fat.quant.fast.byte_product import ByteWeight, multiplies_bytes, pack_weight
 from apot_fat.quant.fast.remade import conv_settings
 from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear
 from apot_fat.quant.seam import MemoryLayer, get_kernels
@@ -104,7 +104,7 @@ def byte_weight(layer: QuantConv2d | QuantLinear) -> ByteWeight | None:
     sources = (*_weight_sources(layer), act_alpha)
     if get_kernels() == "eager" or not all(p.device.type == "cpu" and _is_plain(p) for p in sources):
         return None
-    if layer.weight.dtype != torch.float32 or not fits_bytes(weights, act, layer.input_clip) or not bytes_work():
+    if layer.weight.dtype != torch.float32 or not multiplies_bytes(weights, act, layer.input_clip):
         return None
     conv = conv_settings(layer) if isinstance(layer, QuantConv2d) else None
     if conv is None and isinstance(layer, QuantConv2d):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +19,14 @@ from apot_fat import QuantConv2d, QuantLinear, preset
 from apot_fat.export import integer_network
 from apot_fat.models import create_model
 from apot_fat.quant.all_layers import quant_layers
-from apot_fat.quant.fast.byte_product import bytes_work
+from apot_fat.quant.fast.byte_product import largest_product
 from apot_fat.quant.fast.kept import kept_weights
 from apot_fat.quant.seam import set_kernels
 from apot_fat.quant.spec import PRESETS
 
-pytestmark = pytest.mark.skipif(not bytes_work(), reason="this processor has no 8-bit dot products")
+pytestmark = pytest.mark.skipif(not largest_product(), reason="this processor multiplies no bytes")
 
+ROOT = Path(__file__).resolve().parents[3]
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "3x3": {"kernel_size": 3, "padding": 1},
     "stride": {"kernel_size": 3, "stride": 2, "padding": 1, "bias": True},
@@ -67,9 +72,8 @@ def test_every_variant_gives_the_sums_of_its_levels(name: str, bits: int) -> Non
     spec = preset(name, bits=bits)
     layer = QuantConv2d(8, 12, 3, padding=1, spec=spec, relu=True).eval()
     assert_exact(layer, 3 * torch.randn(2, 8, 9, 9))
-    assert uses_bytes(layer) == (
-        not spec.act_signed and spec.act_set.denominator <= 255 >= 2 * spec.weight_set.denominator
-    )
+    weight, act = spec.weight_set.denominator, spec.act_set.denominator
+    assert uses_bytes(layer) == (not spec.act_signed and act <= 255 >= 2 * weight and weight * act <= largest_product())
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -100,6 +104,7 @@ def test_an_empty_batch() -> None:
     assert layer(torch.rand(0, 8, 5, 5)).shape == (0, 4, 3, 3)
 
 
+@pytest.mark.skipif(largest_product() < 1 << 14, reason="this processor multiplies no bytes as large as these")
 def test_sums_beyond_what_float32_counts() -> None:
     layer = QuantLinear(20_000, 3, spec=preset("apot-imagenet-uniform", bits=8), bias=False).eval()
     layer.weight_alpha.fill_(1e-3)  # type: ignore[union-attr]
@@ -113,7 +118,7 @@ def test_sums_beyond_32_bits_are_those_of_floats(count: int, fits: bool) -> None
     layer.weight_alpha.fill_(1e-3)  # type: ignore[union-attr]
     layer.weight.fill_(1.0)[:, 0] = -1.0
     y, x_max = layer(torch.full((2, count), 100.0)), layer.act_alpha.item()  # type: ignore[union-attr]
-    assert uses_bytes(layer) == fits
+    assert uses_bytes(layer) == (fits and largest_product() > 1 << 14)
     torch.testing.assert_close(y, torch.full((2, 2), (count - 2) * 1e-3 * x_max), rtol=1e-4, atol=0)
 
 
@@ -187,6 +192,28 @@ def test_nan_spoils_its_row_alone(shape: tuple[int, ...]) -> None:
     assert uses_bytes(layer)
     assert y[-1].isnan().all()
     assert torch.equal(y[:-1], clean.view(-1, 5)[:-1])
+
+
+@pytest.mark.parametrize("processor", ["AVX2", "AVX512_CORE"])
+def test_a_processor_that_adds_two_products_in_16_bits_multiplies_those_that_fit(processor: str) -> None:
+    work = "from tests.quant.fast.test_byte_product import as_on_an_older_processor as work; work()"
+    subprocess.run(
+        [sys.executable, "-c", work], cwd=ROOT, env=os.environ | {"ONEDNN_MAX_CPU_ISA": processor}, check=True
+    )
+
+
+def as_on_an_older_processor() -> None:
+    """In a process whose oneDNN leaves newer instructions alone."""
+    set_kernels("auto")
+    assert largest_product() == 129 * 127
+    with torch.no_grad():
+        for bits, fits in ((2, True), (4, True), (8, False)):
+            layer = QuantConv2d(64, 4, 3, spec=preset("apot-imagenet-uniform", bits=bits)).eval()
+            layer.weight_alpha.fill_(1e-3)  # type: ignore[union-attr]
+            layer.weight.fill_(1.0)[:, 0] = -1.0  # all of them at a bound
+            x = torch.full((2, 64, 5, 5), 100.0)
+            torch.testing.assert_close(layer(x).double(), in_float64(layer, x), rtol=2e-7 if fits else 1e-5, atol=0)
+            assert uses_bytes(layer) == fits
 
 
 def test_nan_stays_nan() -> None:
