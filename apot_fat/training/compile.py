@@ -61,8 +61,10 @@ class _CompiledNetwork(nn.Module):
         options = {**seam.speed.inductor_options(device.type), **({"triton.cudagraphs": True} if cuda_graphs else {})}
         # a size of its own for the short last batch, or all batches after it would run a slower graph for any size
         self.graph = torch.compile(model, fullgraph=True, dynamic=False, options=options)
+        self.announced: set[tuple[bool, torch.Size]] = set()
 
     def forward(self, x: Tensor) -> Tensor:
+        self._announce(x)
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         try:
@@ -74,3 +76,11 @@ class _CompiledNetwork(nn.Module):
             log.warning("the network is not compiled, its quantizers alone are (%s)", one_line(error)[:200])
             self.cuda_graphs, self.graph = False, self.model
             return cast(Tensor, self.model(x))
+
+    def _announce(self, x: Tensor) -> None:
+        # a minute without a sign of life is long; PyTorch keeps what it compiled on disk
+        graph = self.training, x.shape
+        if graph not in self.announced and self.graph is not self.model:
+            self.announced.add(graph)
+            purpose, shape = "training" if self.training else "evaluation", " × ".join(map(str, x.shape))
+            log.info("compiling the network for %s on %s: up to minutes the first time, less the next", purpose, shape)

@@ -42,12 +42,20 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     torch._dynamo.config.recompile_limit = limit
 
 
-def test_each_size_of_batch_has_a_graph_of_its_own(compilations: list[Any]) -> None:
+def test_each_size_of_batch_has_a_graph_of_its_own_which_is_announced(
+    compilations: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
     model = compile_network(network(), "model", CPU)
-    for size in (8, 3, 8, 8, 3):
-        model(torch.randn(size, 3, 4, 4)).sum().backward()
+    with caplog.at_level("INFO", logger="apot_fat"):
+        for size in (8, 3, 8, 8, 3):
+            model(torch.randn(size, 3, 4, 4)).sum().backward()
+        model.eval()(torch.randn(3, 3, 4, 4))
+    said = [message for message in caplog.messages if message.startswith("compiling the network for ")]
+    assert [message.split(":")[0].removeprefix("compiling the network for ") for message in said] == [
+        "training on 8 × 3 × 4 × 4", "training on 3 × 3 × 4 × 4", "evaluation on 3 × 3 × 4 × 4"
+    ]  # fmt: skip
     sizes = [shape[0] for shapes in compilations[1:] for shape in shapes if shape[1:] == (3, 4, 4)]
-    assert sizes == [8, 3]
+    assert sizes == [8, 3, 3]
     assert all(type(size) is int for size in sizes)
 
 
