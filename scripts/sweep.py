@@ -98,7 +98,7 @@ def chosen(sweep: Sweep, options: argparse.Namespace) -> Callable[[Cell], bool]:
     Raises:
         ValueError: one that the sweep does not have.
     """
-    cells = sweep.cells()
+    cells = sweep.cells
     parts = {}
     for part, name in _PARTS.items():
         text: str | None = getattr(options, name)

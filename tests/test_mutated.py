@@ -350,7 +350,7 @@ def recipes(folder: Path) -> Kind:
 def sweeps(folder: Path) -> Kind:
     def read(path: Path) -> None:
         sweep = read_sweep(path)
-        for cell in sweep.cells()[:20]:
+        for cell in sweep.cells[:20]:
             sweep.config(cell, {"output": "out"})
 
     return Kind({"sweep.toml": SWEEP.encode()}, (*BYTES, line, line, line), read)

@@ -100,13 +100,13 @@ def test_every_cell_of_the_stored_sweeps_is_a_run(path: Path) -> None:
         assert f"\n# {word}" in path.read_text()
     named = {"teacher": "teacher.pth", "init": "init.pth"} if "ablation" in path.stem else {}
     overrides = {"output": "out", **named}
-    configs = [sweep.config(cell, overrides) for cell in sweep.cells()]
+    configs = [sweep.config(cell, overrides) for cell in sweep.cells]
     assert len({(config.output, config.run_name) for config in configs}) == len(configs)
 
 
 def test_the_full_sweep_takes_the_recipe_files_and_runs_at_a_tiny_size(run: Run, data: tuple[object, ...]) -> None:
     sweep = read_sweep(CONFIG_ROOT / "sweeps/cifar10_full.toml")
-    epochs = {(c.recipe, c.method): sweep.config(c, {"output": "out"}).epochs for c in sweep.cells()}
+    epochs = {(c.recipe, c.method): sweep.config(c, {"output": "out"}).epochs for c in sweep.cells}
     assert epochs == {
         ("published", "apot-cifar"): 300,
         ("published", "fat-cifar"): 400,
@@ -135,7 +135,7 @@ def test_the_full_sweep_takes_the_recipe_files_and_runs_at_a_tiny_size(run: Run,
         (SWEEP.replace("[0, 1]", "[0.5]"), "expected a list of integers from 0 up"),
         (SWEEP.replace("apot-cifar", "apot-cifra"), "method 'apot-cifra' (did you mean 'apot-cifar'?)"),
         (SWEEP.replace("[32, 4]", "[31]"), "apot-cifar 31: choose an integer"),
-        (SWEEP.replace("lr = 0.02", "lrr = 1"), "[bits.4]: unknown key 'lrr' (did you mean 'lr'?)"),
+        (SWEEP.replace("lr = 0.02", "lrr = 1"), "apot-cifar 4 bits seed 0: unknown key 'lrr' (did you mean 'lr'?)"),
         (SWEEP.replace("lr = 0.02", "lr = -1"), "lr -1.0: expected a number above 0"),
         (SWEEP.replace("chain = true", "chain = 3"), "chain 3: expected true or false"),
         (SWEEP.replace("[recipes.published]", "[recipes.theirs]"), "baseline 'published': choose one of theirs, ours"),

@@ -60,13 +60,13 @@ def test_every_row_of_the_papers_has_a_recipe() -> None:
 
 def test_the_full_sweep_has_the_published_chains_whole() -> None:
     sweep = read_sweep(CONFIG_ROOT / "sweeps/cifar10_full.toml")
-    for name, recipe in sweep.recipes.items():
-        for method, widths in recipe.methods.items():
+    for name, methods in sweep.methods.items():
+        for method, widths in methods.items():
             found = find_recipe("cifar10", "resnet20", method, name)
             assert found is not None
-            assert widths == found.chain[: len(widths)]
-            assert name == "ours" or widths == found.chain
-    assert sweep.recipes["published"].methods["fat-cifar"] == (32, 5, 4, 3)
+            assert tuple(widths) == found.chain[: len(widths)]
+            assert name == "ours" or tuple(widths) == found.chain
+    assert sweep.methods["published"]["fat-cifar"] == [32, 5, 4, 3]
 
 
 def test_every_recipe_of_ours_has_at_most_half_the_published_epochs_and_bf16_on_gpus() -> None:

@@ -80,7 +80,7 @@ def test_values_of_other_types_are_refused_in_a_sweep(grid: str, base: str, mess
 
     def read() -> None:
         sweep = read_sweep(path)
-        sweep.config(sweep.cells()[0], {"output": "out"})
+        sweep.config(sweep.cells[0], {"output": "out"})
 
     with pytest.raises(ValueError, match=re.escape(message)):
         read()
