@@ -38,6 +38,8 @@ class Outline(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         tag, attrs = self.tags[-1] if self.tags else ("", {})
+        if not data.strip():
+            return
         if tag == "script":
             self.scripts[attrs.get("id") or str(len(self.scripts))] = data
         elif tag == "style":
