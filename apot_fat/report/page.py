@@ -70,7 +70,7 @@ def page(report: Report) -> str:
     runs = report.data["runs"]
     environments = {run["label"]: run["environment"] for run in runs if run["environment"]}
     batches = {f"{run['images_from']}, the first {run['batch']} test images" for run in runs if run["batch"]}
-    return _template().render(
+    html = _template().render(
         title=f"{runs[0]['network']}: {runs[0]['label']}" if len(runs) == 1 else f"{len(runs)} networks compared",
         runs=runs,
         charts=charts,
@@ -88,6 +88,7 @@ def page(report: Report) -> str:
         library=_plotting_library(),
         script=_resource("page.js"),
     )
+    return html.lstrip()
 
 
 @lru_cache(maxsize=1)

@@ -107,7 +107,7 @@ def test_each_missing_part_is_said_where_it_would_be(demo: Demo) -> None:
     packed = build_report(demo.report.subjects[-1:])
     html = page(packed)
     for sentence in packed.data["runs"][0]["notes"].values():
-        assert sentence.replace("'", "&#x27;") in html
+        assert sentence.replace("'", "&#39;") in html
     assert [chart.name for chart in make_charts(packed)] == ["thresholds-layers", "weight-histogram", "weight-levels"]
 
 
