@@ -172,14 +172,17 @@ def _size_class(x: Tensor) -> int:
 
 
 def inductor_options(device_type: str) -> dict[str, Any]:
-    """The ``options`` of ``torch.compile`` that let compiled code choose the levels eager code chooses.
+    """The ``options`` of ``torch.compile`` that let compiled code choose the levels eager code chooses, and run at all.
 
     On a GPU quotients must be asked to be correctly rounded: Triton's own are approximate, and a value beside a
-    threshold would fall to either side. C++ rounds correctly.
+    threshold would fall to either side. C++ rounds correctly; but PyTorch's cache on disk does not tell processors
+    apart, and code for shorter vectors than it is then compiled for writes beyond its end: their length is said.
     """
+    if device_type == "cpu":
+        bits = torch._inductor.cpu_vec_isa.pick_vec_isa().bit_width()
+        return {"cpp.simdlen": bits} if bits else {}
     # PyTorch refuses options that it does not know; 2.11 to 2.14 know this one
-    known = device_type != "cpu" and _ROUNDED_DIVISION in torch._inductor.list_options()
-    return {_ROUNDED_DIVISION: True} if known else {}
+    return {_ROUNDED_DIVISION: True} if _ROUNDED_DIVISION in torch._inductor.list_options() else {}
 
 
 @cache

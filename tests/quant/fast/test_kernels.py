@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from apot_fat import QuantConv2d, QuantLinear, preset
 from apot_fat.models import create_model, list_models
 from apot_fat.models.registry import find_architecture
 from apot_fat.quant import EightBitConv2d, level_set, quantize_activation, quantize_weight
+from apot_fat.quant.fast.kernels import inductor_options
 from apot_fat.quant.fast.kept import kept_weights
 from apot_fat.quant.seam import set_kernels
 from apot_fat.quant.spec import PRESETS
@@ -257,3 +262,20 @@ def test_every_network_and_preset_is_one_graph(network: str, name: str | None) -
 def test_bad_choice() -> None:
     with pytest.raises(ValueError, match="choose one of auto, compiled, eager"):
         set_kernels("fast")
+
+
+@pytest.mark.slow
+def test_code_compiled_on_an_older_processor_is_not_taken_on_a_newer_one(tmp_path: Path) -> None:
+    work = (
+        "import torch; from apot_fat import *; from apot_fat.quant import set_kernels; set_kernels('compiled');"
+        "layer = QuantConv2d(64, 8, 3, spec=preset('apot-imagenet')).eval();"
+        "[layer(torch.rand(8, 64, 33, 33)).sum().backward() for _ in range(20)]"
+    )
+    for older in ({"ATEN_CPU_CAPABILITY": "avx2"}, {}):  # a cache baked into an image, say
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} | older
+        subprocess.run([sys.executable, "-c", work], env=environment, check=True)
+
+
+def test_a_kernel_s_vectors_are_the_processor_s() -> None:
+    options = inductor_options("cpu")
+    assert options.get("cpp.simdlen", 0) == torch._inductor.cpu_vec_isa.pick_vec_isa().bit_width()
