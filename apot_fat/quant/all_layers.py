@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from apot_fat.quant.layers import QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.spec import FLOAT_BITS, QuantSpec, check_bits
 from apot_fat.quant.units import ALPHA_FLOOR
 
@@ -29,10 +29,13 @@ class LayerClipping:
     mask_min: float | None = None
 
 
-def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
-    """Name and module of every ``QuantConv2d`` and ``QuantLinear``, in the order of definition."""
+def quant_layers(model: nn.Module) -> Iterator[tuple[str, AnyQuantized]]:
+    """Name and module of every quantized layer but those of ``EIGHT_BIT``, in the order of definition.
+
+    They are the layers that have thresholds, or at 32 bits would have them at fewer.
+    """
     for name, module in model.named_modules():
-        if isinstance(module, QuantConv2d | QuantLinear):
+        if isinstance(module, AnyQuantized) and module.spec.weight_scale == "threshold":
             yield name, module
 
 
@@ -63,7 +66,7 @@ def set_bits(model: nn.Module, bits: int) -> nn.Module:
     not (``weight_bits=32`` or ``act_bits=32`` of ``quantize``) stays float; of a layer at 32 bits both sides are set.
 
     Args:
-        model: any network that holds ``QuantConv2d`` or ``QuantLinear``.
+        model: any network that holds ``QuantConv2d`` or ``QuantLinear``; those of ``EIGHT_BIT`` stay as they are.
         bits: 2 to 8, or 32. Make the optimiser afterwards: from 32 bits the thresholds are new parameters.
 
     Returns:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apot_fat.models import create_model, default_preset, find_architecture, list_models
-from apot_fat.quant import PRESETS, EightBitConv2d, EightBitLinear, QuantConv2d, quant_layers
+from apot_fat.quant import EIGHT_BIT, PRESETS, QuantConv2d, quant_layers
 
 ALTERNATING = {2: "apot", 3: "fat", 4: "fat", 5: "apot", 32: "apot"}
 SIDES = {"vgg_small": 32, "vgg16": 32}
@@ -104,8 +104,7 @@ def test_published_spellings(spelling: str, name: str, preset: str) -> None:
 
 def test_full_precision_keeps_the_published_ends() -> None:
     resnet = create_model("res20", bits=32)
-    assert isinstance(resnet.conv1, EightBitConv2d)
-    assert isinstance(resnet.fc, EightBitLinear)
+    assert resnet.conv1.spec == resnet.fc.spec == EIGHT_BIT  # type: ignore[union-attr]
     assert not list(quant_layers(resnet))
     vgg = create_model("vgg_7_bn", bits=32)
     first = vgg.get_submodule("features.conv0")

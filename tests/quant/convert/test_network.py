@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apot_fat import QuantConv2d, QuantLinear, dequantize, quantize, set_bits
+from apot_fat import QuantConv2d, QuantLinear, dequantize, preset, quantize, set_bits
 from apot_fat.models import create_model
-from apot_fat.quant import EightBitConv2d, EightBitLinear, fit_threshold, level_set, quant_layers, quantize_activation
+from apot_fat.quant import EIGHT_BIT, fit_threshold, level_set, quant_layers, quantize_activation
 from apot_fat.quant.watching import watch_inputs
 from tests.quant.convert.conftest import Released
 
@@ -53,8 +53,7 @@ def test_a_network_never_seen_before(method: str) -> None:
     assert model.training
     assert model.shared is model.blocks[0][0]  # type: ignore[index]
     assert isinstance(model.shared, QuantConv2d)
-    assert isinstance(model.stem, EightBitConv2d)
-    assert isinstance(model.head, EightBitLinear)
+    assert model.stem.spec == model.head.spec == EIGHT_BIT
     assert model.shared.weight is before["shared.weight"]  # what an optimiser or a user held stays the parameter
     notes = {row.name: row.note for row in done.rows}
     assert set(done.converted) == {"stem", "shared", "blocks.1.1", "head"}
@@ -271,11 +270,21 @@ def test_our_own_networks_go_through_as_they_are(arch: str) -> None:
     x = torch.randn(16, 3, 16, 16)
     expected = model(x)
     done = quantize(model, 8, "apot", calibration=x)
-    assert type(model.conv1) is EightBitConv2d
+    assert model.conv1.spec == EIGHT_BIT  # type: ignore[union-attr]
     assert len(done.converted) == 22
     signed = {layer.spec.act_signed for _, layer in quant_layers(model)}
     assert signed == {False}
     assert (model(x) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_an_8_bit_end_takes_the_relu_that_the_layer_took() -> None:
+    spec = preset("apot-cifar", 32)
+    model = nn.Sequential(QuantConv2d(3, 4, 3, spec=spec, relu=True), nn.ReLU(), QuantConv2d(4, 4, 3, spec=spec)).eval()
+    x = torch.randn(4, 3, 12, 12)
+    expected = model(x)
+    quantize(model, 8, calibration=x)
+    assert [layer.spec for layer in (model[0], model[2])] == [EIGHT_BIT, EIGHT_BIT]
+    assert (model(x) - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.slow
