@@ -203,7 +203,7 @@ def _pack_layer(module: AnyQuantized) -> tuple[Tensor | None, dict[str, Any]]:
         return pack_bits(integers.numerators - lowest, bits), entry
     spec = replace(module.spec, weight_norm="none", weight_norm_gradient=False, transform=False)
     fields = asdict(spec)
-    del fields["weight_scale"]  # as good as said, and earlier versions read the file
+    del fields["weight_scale"]  # implied, and unknown to earlier versions
     entry |= {"spec": fields, "relu": module.relu, "fixed_bits": module.fixed_bits}
     if integers is None:
         return None, entry

@@ -22,7 +22,7 @@ from apot_fat.export.float32 import EXACT_FLOAT, RESCALE, SPLIT_SUMS, Rescaling,
 from apot_fat.export.graph import MARKS_DOMAIN, PROJECT, Projection, mark_index
 from apot_fat.export.int8 import best_range, write_integers
 from apot_fat.optional import needed_for
-from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.convert import fold_weight
 from apot_fat.quant.input_shape import run_on_zeros, split_batch
 from apot_fat.quant.integers import Integers, integer_weight
@@ -144,7 +144,7 @@ def export_onnx(
         )
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
-    quantized = sum(1 for _ in quant_layers(reference))
+    quantized = sum(1 for _ in threshold_layers(reference))
     return OnnxReport(Path(path), mode, error, max_error, agreement, integer_convs, quantized)
 
 

@@ -15,9 +15,9 @@ from apot_fat.quant.all_layers import (
     LayerClipping,
     clipping_table,
     keep_thresholds_positive,
-    quant_layers,
     set_bits,
     show_params,
+    threshold_layers,
 )
 from apot_fat.quant.convert import (
     Allocation,
@@ -77,7 +77,6 @@ __all__ = [
     "pot_levels",
     "preset",
     "project",
-    "quant_layers",
     "quantize",
     "quantize_activation",
     "quantize_weight",
@@ -85,6 +84,7 @@ __all__ = [
     "set_bits",
     "set_kernels",
     "show_params",
+    "threshold_layers",
     "uniform_levels",
     "weight_deactivate_freq",
 ]

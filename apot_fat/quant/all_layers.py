@@ -29,10 +29,10 @@ class LayerClipping:
     mask_min: float | None = None
 
 
-def quant_layers(model: nn.Module) -> Iterator[tuple[str, AnyQuantized]]:
+def threshold_layers(model: nn.Module) -> Iterator[tuple[str, AnyQuantized]]:
     """Name and module of every quantized layer but those of ``EIGHT_BIT``, in the order of definition.
 
-    They are the layers that have thresholds, or at 32 bits would have them at fewer.
+    They have thresholds, or at 32 bits would have them at fewer.
     """
     for name, module in model.named_modules():
         if isinstance(module, AnyQuantized) and module.spec.weight_scale == "threshold":
@@ -46,7 +46,7 @@ def clipping_table(model: nn.Module) -> list[LayerClipping]:
         One ``LayerClipping`` a layer; thresholds in their own units, None where a side is float.
     """
     rows = []
-    for name, layer in quant_layers(model):
+    for name, layer in threshold_layers(model):
         mask = layer.mask_range() or (None, None)
         alphas = layer.clipping_thresholds()
         rows.append(LayerClipping(name, layer.spec.weight_bits, layer.spec.act_bits, *alphas, *mask))
@@ -55,7 +55,7 @@ def clipping_table(model: nn.Module) -> list[LayerClipping]:
 
 def show_params(model: nn.Module) -> None:
     """Print the published threshold line of every quantized layer; of one threshold a channel the mean."""
-    for _, layer in quant_layers(model):
+    for _, layer in threshold_layers(model):
         layer.show_params()
 
 
@@ -76,7 +76,7 @@ def set_bits(model: nn.Module, bits: int) -> nn.Module:
         ValueError: other bits, or a model without quantized layers.
     """
     check_bits(bits)
-    layers = [layer for _, layer in quant_layers(model)]
+    layers = [layer for _, layer in threshold_layers(model)]
     if not layers:
         raise ValueError(
             f"{type(model).__name__} holds no QuantConv2d or QuantLinear: build it from them, or quantize it"
@@ -103,7 +103,7 @@ def keep_thresholds_positive(model: nn.Module) -> int:
     The layers read such a threshold as the floor anyway; this brings the parameter back, so that training can raise it.
     """
     raised = 0
-    for _, layer in quant_layers(model):
+    for _, layer in threshold_layers(model):
         for alpha in (layer.weight_alpha, layer.act_alpha):
             if alpha is not None and (too_low := int((alpha <= 0).sum())):
                 alpha.masked_fill_(alpha <= 0, ALPHA_FLOOR)

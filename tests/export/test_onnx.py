@@ -21,7 +21,7 @@ from apot_fat.export.graph import GraphBuilder, Projection, emit_projection, emi
 from apot_fat.export.int8 import best_range, linear_grid
 from apot_fat.export.integer import IntegerLayer
 from apot_fat.models import create_model
-from apot_fat.quant import EIGHT_BIT, QuantConv2d, QuantLinear, level_set, preset, quant_layers, quantize_activation
+from apot_fat.quant import EIGHT_BIT, QuantConv2d, QuantLinear, level_set, preset, quantize_activation, threshold_layers
 from apot_fat.quant.fast.byte_product import bytes_work
 from apot_fat.quant.integers import integer_weight
 from apot_fat.quant.spec import InputClip
@@ -351,7 +351,7 @@ def test_script_writes_a_file_and_says_mistakes(tmp_path: Path, caplog: pytest.L
 @pytest.mark.parametrize("mode", ["float", "int8"])
 def test_one_weight_threshold_a_channel(name: str, mode: Any, tmp_path: Path) -> None:
     model = small(name, 4)
-    for _, layer in quant_layers(model):
+    for _, layer in threshold_layers(model):
         layer.spec = replace(layer.spec, weight_per_channel=True)
         assert layer.weight_alpha is not None
         if name != "pact":

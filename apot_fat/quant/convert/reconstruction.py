@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from apot_fat.quant.all_layers import keep_thresholds_positive, quant_layers
+from apot_fat.quant.all_layers import keep_thresholds_positive, threshold_layers
 from apot_fat.quant.convert.batches import Calibration, floating, read_batches, run_batch, split_batches
 from apot_fat.quant.convert.blocks import Block, Inputs, cloned, find_blocks
 from apot_fat.quant.convert.norms import BatchNorm, align_batch_norms, estimate_batch_norms
@@ -167,7 +167,7 @@ class _Tuner:
     def tune(self, blocks: list[Block]) -> None:
         """Each block alone, then all together."""
         options = self.options
-        with_thresholds = {layer for _, layer in quant_layers(self.model)}
+        with_thresholds = {layer for _, layer in threshold_layers(self.model)}
         low = [block for block in blocks if not with_thresholds.isdisjoint(self._within(block))]
         self.bar.total = len(low) * options.steps + len(blocks) * options.joint_steps
         if options.steps:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from apot_fat import QuantConv2d, QuantLinear, dequantize, preset, quantize, set_bits
 from apot_fat.models import create_model
-from apot_fat.quant import EIGHT_BIT, fit_threshold, level_set, quant_layers, quantize_activation
+from apot_fat.quant import EIGHT_BIT, fit_threshold, level_set, quantize_activation, threshold_layers
 from apot_fat.quant.watching import watch_inputs
 from tests.quant.convert.conftest import Released
 
@@ -77,7 +77,7 @@ def test_signed_inputs_are_found_and_never_clipped_to_zero() -> None:
     )
     x = torch.randn(32, 4)
     quantize(model, 4, calibration=x, edge_bits=32)
-    signed = {name: layer.spec.act_signed for name, layer in quant_layers(model)}
+    signed = {name: layer.spec.act_signed for name, layer in threshold_layers(model)}
     assert signed == {"2": False, "4": True, "5": True}
     layer = model[5]
     assert isinstance(layer, QuantLinear)
@@ -87,7 +87,7 @@ def test_signed_inputs_are_found_and_never_clipped_to_zero() -> None:
     for kwargs, expected in (({}, True), ({"signed": False}, False), ({"signed": True}, True)):
         fresh = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
         note = quantize(fresh, 3, **kwargs).rows[1].note  # type: ignore[arg-type]
-        assert next(quant_layers(fresh))[1].spec.act_signed is expected
+        assert next(threshold_layers(fresh))[1].spec.act_signed is expected
         assert "no calibration batch" in note or "by hand" in note
 
 
@@ -209,7 +209,7 @@ def test_calibration_comes_as_people_have_it() -> None:
     for calibration in (x, [x], loader, [(part, labels) for part in x.split(16)], iter(x.split(16))):
         network = copy.deepcopy(model)
         done = quantize(network, 8, calibration=calibration)
-        thresholds.append(dict(quant_layers(network))["3"].act_alpha.item())  # type: ignore[union-attr]
+        thresholds.append(dict(threshold_layers(network))["3"].act_alpha.item())  # type: ignore[union-attr]
         assert done.error is not None
         assert done.error < 0.05
     assert thresholds == pytest.approx([thresholds[0]] * 5, rel=0.05)
@@ -272,7 +272,7 @@ def test_our_own_networks_go_through_as_they_are(arch: str) -> None:
     done = quantize(model, 8, "apot", calibration=x)
     assert model.conv1.spec == EIGHT_BIT  # type: ignore[union-attr]
     assert len(done.converted) == 22
-    signed = {layer.spec.act_signed for _, layer in quant_layers(model)}
+    signed = {layer.spec.act_signed for _, layer in threshold_layers(model)}
     assert signed == {False}
     assert (model(x) - expected).norm() < 0.05 * expected.norm()
 
@@ -321,7 +321,7 @@ def test_overrides_exclusions_and_set_bits() -> None:
         "5.0": ("8 bits", "float"),
     }
     set_bits(model, 2)
-    assert [layer.spec.weight_bits for _, layer in quant_layers(model)] == [5, 8, 8, 2]
+    assert [layer.spec.weight_bits for _, layer in threshold_layers(model)] == [5, 8, 8, 2]
     assert model(torch.rand(1, 2, 3, 3)).isfinite().all()
 
 
@@ -342,10 +342,10 @@ def test_dequantize_folds_the_quantized_weights() -> None:
     model = create_model("resnet20", "fat-cifar", 3, num_classes=4).eval()
     before = copy.deepcopy(model.state_dict())
     plain = dequantize(model)
-    assert not list(quant_layers(plain))
+    assert not list(threshold_layers(plain))
     assert not any(name.endswith(("alpha", "transform")) for name in plain.state_dict())
     torch.testing.assert_close(dict(model.state_dict()), dict(before), atol=0, rtol=0)
-    quantized = dict(quant_layers(model))["layer1.0.conv2"]
+    quantized = dict(threshold_layers(model))["layer1.0.conv2"]
     folded = plain.get_submodule("layer1.0.conv2")
     assert isinstance(folded, nn.Conv2d)
     torch.testing.assert_close(folded.weight, quantized.quantized_weight(), atol=0, rtol=0)
