@@ -79,7 +79,8 @@ def set_bits(model: nn.Module, bits: int) -> nn.Module:
     layers = [layer for _, layer in threshold_layers(model)]
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} holds no QuantConv2d or QuantLinear: build it from them, or quantize it"
+            f"{type(model).__name__} holds no QuantConv2d or QuantLinear whose bits can be set: build it from them, or "
+            "quantize it"
         )
     for layer in layers:
         if layer.fixed_bits:
