@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from apot_fat.checkpoint import load_packed, load_weights, save_packed
 from apot_fat.export import export_onnx, integer_network
 from apot_fat.quant import (
+    EIGHT_BIT,
     LevelSet,
     QuantConv2d,
     QuantLinear,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "EIGHT_BIT",
     "LevelSet",
     "QuantConv2d",
     "QuantLinear",

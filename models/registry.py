@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from apot_fat.quant.fake_quant import keeps_negatives
-from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
-from apot_fat.quant.spec import FLOAT_BITS, QuantSpec, nearest
+from apot_fat.quant.layers import QuantConv2d, QuantLinear
+from apot_fat.quant.spec import EIGHT_BIT, FLOAT_BITS, QuantSpec, nearest
 from apot_fat.quant.spec import preset as quant_preset
 
 
@@ -68,12 +69,13 @@ class LayerMaker:
         self, in_channels: int, out_channels: int, kernel_size: int, *, eight_bit: bool = True, **options: Any
     ) -> nn.Conv2d:
         """The first convolution: 8-bit weights and float input, or plain."""
-        make = EightBitConv2d if eight_bit else nn.Conv2d
+        make = partial(QuantConv2d, spec=EIGHT_BIT) if eight_bit else nn.Conv2d
         return make(in_channels, out_channels, kernel_size, **{"bias": False, **options})
 
     def last_linear(self, in_features: int, out_features: int, *, eight_bit: bool = True) -> nn.Linear:
         """The last linear layer: 8-bit weights and float input, or plain."""
-        return (EightBitLinear if eight_bit else nn.Linear)(in_features, out_features)
+        make = partial(QuantLinear, spec=EIGHT_BIT) if eight_bit else nn.Linear
+        return make(in_features, out_features)
 
     def without_transform(self) -> LayerMaker:
         """The same, but where FAT's published networks leave a layer untransformed: ``uniform-mobilenet``."""

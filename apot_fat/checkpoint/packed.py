@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +28,9 @@ from apot_fat.checkpoint.weights import check_type, check_values, checkpoint_thr
 from apot_fat.models import create_model
 from apot_fat.optional import needed_for
 from apot_fat.quant.convert import convert_layer, fold_weight
-from apot_fat.quant.integers import EIGHT_BIT_DENOMINATOR, integer_weight
-from apot_fat.quant.layers import AnyQuantized, EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
-from apot_fat.quant.spec import FLOAT_BITS, QuantSpec
+from apot_fat.quant.integers import integer_weight
+from apot_fat.quant.layers import AnyQuantized
+from apot_fat.quant.spec import EIGHT_BIT, FLOAT_BITS, QuantSpec
 from apot_fat.quant.units import along_rows, threshold_in_use
 
 PACKED_SUFFIX = ".safetensors"
@@ -43,9 +43,9 @@ _MOST_BITS = 16
 
 
 class _Plan(NamedTuple):
-    """A layer of a packed file; no spec means an 8-bit weight, no weight that it lies among the leftovers."""
+    """A layer of a packed file; no weight means that it lies among the leftovers."""
 
-    spec: QuantSpec | None
+    spec: QuantSpec
     relu: bool
     fixed_bits: bool
     shape: tuple[int, ...]
@@ -187,21 +187,24 @@ def _check_own_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> Non
             )
 
 
-def _pack_layer(module: nn.Module) -> tuple[Tensor | None, dict[str, Any]]:
-    """Packed codes, or None for a float weight; and what to say of the layer."""
+def _pack_layer(module: AnyQuantized) -> tuple[Tensor | None, dict[str, Any]]:
+    """Packed codes, or None for a float weight; and what to say of the layer: no spec is ``EIGHT_BIT``."""
     integers = integer_weight(module)
-    weight = cast(Tensor, module.weight)
-    entry: dict[str, Any] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
-    if isinstance(module, EightBitConv2d | EightBitLinear):
+    dtype = str(module.weight.dtype).removeprefix("torch.")
+    entry: dict[str, Any] = {"shape": list(module.weight.shape), "dtype": dtype}
+    if module.spec.weight_scale == "max":
         lowest, highest = (0, 0) if integers is None else map(int, integers.numerators.aminmax())
         bits = max(1, (highest - lowest).bit_length())
+        if module.relu:
+            entry["relu"] = True
         if integers is None or bits > _MOST_BITS:  # the scale is max(w), and some weight is far below -max(w)
-            return None, {"shape": entry["shape"]}
+            return None, entry
         entry |= {"offset": lowest, "bits": bits, "scale": float(integers.scale)}
         return pack_bits(integers.numerators - lowest, bits), entry
-    assert isinstance(module, QuantConv2d | QuantLinear)
     spec = replace(module.spec, weight_norm="none", weight_norm_gradient=False, transform=False)
-    entry |= {"spec": asdict(spec), "relu": module.relu, "fixed_bits": module.fixed_bits}
+    fields = asdict(spec)
+    del fields["weight_scale"]  # implied, and unknown to earlier versions
+    entry |= {"spec": fields, "relu": module.relu, "fixed_bits": module.fixed_bits}
     if integers is None:
         return None, entry
     signed = torch.tensor(spec.weight_set.signed_numerators, device=integers.numerators.device)
@@ -211,11 +214,12 @@ def _pack_layer(module: nn.Module) -> tuple[Tensor | None, dict[str, Any]]:
 def _unpack_layer(entry: dict[str, Any], codes: Tensor | None, alpha: Tensor | None) -> _Plan:
     shape = tuple(entry["shape"])
     count = prod(shape)
-    spec = QuantSpec(**entry["spec"]) if "spec" in entry else None
+    spec = QuantSpec(**entry["spec"]) if "spec" in entry else EIGHT_BIT
     plan = _Plan(spec, entry.get("relu") is True, entry.get("fixed_bits") is True, shape, None)
-    if "offset" not in entry if spec is None else spec.weight_bits == FLOAT_BITS:
+    by_max = spec.weight_scale == "max"
+    if "offset" not in entry if by_max else spec.weight_bits == FLOAT_BITS:
         return plan
-    bits = spec.weight_bits if spec is not None else int(entry["bits"])
+    bits = int(entry["bits"]) if by_max else spec.weight_bits
     dtype = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}[
         entry["dtype"]
     ]
@@ -224,8 +228,8 @@ def _unpack_layer(entry: dict[str, Any], codes: Tensor | None, alpha: Tensor | N
     if not all(isinstance(size, int) and size >= 0 for size in shape) or codes.numel() != -(-count * bits // 8):
         raise ValueError(f"{codes.numel()} bytes for a weight of shape {shape} and {bits} bits")
     values = unpack_bits(codes, bits, count)
-    if spec is None:
-        weight = (values + int(entry["offset"])).to(dtype) / EIGHT_BIT_DENOMINATOR * float(entry["scale"])
+    if by_max:
+        weight = (values + int(entry["offset"])).to(dtype) / spec.weight_set.denominator * float(entry["scale"])
         return plan._replace(weight=weight.view(shape))
     if alpha is None or tuple(alpha.shape) != (shape[:1] if spec.weight_per_channel else ()) or alpha.is_complex():
         raise ValueError("a layer has no threshold")
@@ -262,11 +266,10 @@ def _check_fit(path: Path, model: nn.Module, plans: Mapping[str, _Plan], state: 
             )
         check_type(name, state[name], unique[name].dtype, f"packed file {path}")
     for name, plan in plans.items():
-        for kind, bits in (
-            ("weight_alpha", plan.spec and plan.spec.weight_bits),
-            ("act_alpha", plan.spec and plan.spec.act_bits),
+        for kind, wanted in (
+            ("weight_alpha", plan.spec.has_weight_threshold),
+            ("act_alpha", plan.spec.act_bits != FLOAT_BITS),
         ):
-            wanted = bits is not None and bits != FLOAT_BITS
             if wanted != (_key(name, kind) in state):
                 raise ValueError(f"packed file {path}: {_key(name, kind)} is {'missing' if wanted else 'left over'}")
             if wanted:
@@ -291,21 +294,21 @@ def _set_layers(model: nn.Module, plans: Mapping[str, _Plan]) -> None:
 
 def _set_layer(module: nn.Module, plan: _Plan | None) -> None:
     # without a plan the layer is a plain one
-    if plan is None and isinstance(module, QuantConv2d | QuantLinear) and module.relu:  # no plain layer does that
-        module.spec, module.fixed_bits = module.spec.with_bits(FLOAT_BITS), True
+    if plan is not None:
+        layer = convert_layer(module, plan.spec)
+        layer.relu, layer.fixed_bits = plan.relu, plan.fixed_bits
+        if plan.weight is not None:
+            with torch.no_grad():
+                layer.weight.copy_(plan.weight)
         return
-    if plan is None or (plan.spec is None and isinstance(module, QuantConv2d | QuantLinear)):  # without thresholds
-        weight = module.weight
-        fold_weight(module, nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear)
-        module.weight = weight  # which others may share
-    if plan is None:
+    assert isinstance(module, AnyQuantized)
+    if module.relu:  # no plain layer does that
+        module.spec = replace(module.spec, weight_bits=FLOAT_BITS, act_bits=FLOAT_BITS, weight_scale="threshold")
+        module.fixed_bits = True
         return
-    convert_layer(module, plan.spec)
-    if isinstance(module, QuantConv2d | QuantLinear):
-        module.relu, module.fixed_bits = plan.relu, plan.fixed_bits
-    if plan.weight is not None:
-        with torch.no_grad():
-            module.weight.copy_(plan.weight)  # type: ignore[operator]
+    weight = module.weight
+    fold_weight(module, nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear)
+    module.weight = weight  # which others may share
 
 
 def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:

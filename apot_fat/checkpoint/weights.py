@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from apot_fat.checkpoint.files import read_checkpoint
 from apot_fat.plain import missing_values
-from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.units import threshold_in_use
 
 STATE_KEYS = ("state_dict", "model")  # under which published checkpoints keep the weights
@@ -105,7 +105,7 @@ def load_weights(
     with torch.no_grad():
         for name, tensor in used.items():
             tensor.copy_(state[name])
-        for name, layer in quant_layers(model):
+        for name, layer in threshold_layers(model):
             if (
                 layer.weight_alpha is not None
                 and f"{name}.weight_alpha" not in state
@@ -267,7 +267,7 @@ def _some(names: list[str], most: int = 3) -> str:
 
 def _hint(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     quantized_state = any(_QUANTIZER.search(name) for name in state)
-    quantized_model = any(True for _ in quant_layers(model))
+    quantized_model = any(True for _ in threshold_layers(model))
     own_dims = {name: t.dim() for name, t in model.state_dict().items() if name.endswith("weight_alpha")}
     if any(name in state and state[name].dim() > dim for name, dim in own_dims.items()):
         return " (its weight thresholds are one a channel: build the network with weight_per_channel)"

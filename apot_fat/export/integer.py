@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.integers import Integers, integer_input, integer_weight, shift_terms
 from apot_fat.quant.layers import QuantConv2d, QuantLinear
 from apot_fat.quant.units import along_rows, threshold_in_use
@@ -145,7 +145,7 @@ def integer_network(model: nn.Module, arithmetic: Arithmetic = "multiply") -> nn
     """
     network = copy.deepcopy(model).cpu().eval()
     made: dict[int, IntegerLayer] = {}
-    for name, layer in quant_layers(network):
+    for name, layer in threshold_layers(network):
         if layer.weight_alpha is None or layer.act_alpha is None:
             continue
         try:

@@ -22,10 +22,11 @@ from apot_fat.export.float32 import EXACT_FLOAT, RESCALE, SPLIT_SUMS, Rescaling,
 from apot_fat.export.graph import MARKS_DOMAIN, PROJECT, Projection, mark_index
 from apot_fat.export.int8 import best_range, write_integers
 from apot_fat.optional import needed_for
+from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.convert import fold_weight
 from apot_fat.quant.input_shape import run_on_zeros, split_batch
 from apot_fat.quant.integers import Integers, integer_weight
-from apot_fat.quant.layers import AnyQuantized, EightBitConv2d, QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized
 
 if TYPE_CHECKING:
     import onnx
@@ -80,8 +81,8 @@ def export_onnx(
     change one input's output by a tenth (so it does between PyTorch and PyTorch in another memory format).
 
     Args:
-        model: any network, its quantized layers ``QuantConv2d``, ``QuantLinear``, ``EightBitConv2d`` and
-            ``EightBitLinear``; one input, one output. Exported as in evaluation, in float32; left as it is.
+        model: any network, its quantized layers ``QuantConv2d`` and ``QuantLinear``; one input, one output. Exported as
+            in evaluation, in float32; left as it is.
         path: the file; it appears whole or not at all.
         input_shape: of one input, such as (3, 32, 32); four numbers are (N, C, H, W), whatever N.
         mode: ``float`` computes in float arithmetic, with the numerators of the levels as operands wherever float32
@@ -143,7 +144,7 @@ def export_onnx(
         )
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
-    quantized = sum(isinstance(m, QuantConv2d | QuantLinear) for m in reference.modules())
+    quantized = sum(1 for _ in threshold_layers(reference))
     return OnnxReport(Path(path), mode, error, max_error, agreement, integer_convs, quantized)
 
 
@@ -192,8 +193,7 @@ def _marked(mark: str, index: int, *inputs: Tensor) -> Tensor:
     return torch.onnx.ops.symbolic(name, inputs, {"index": index}, dtype=x.dtype, shape=x.shape, version=1)
 
 
-_Quantized = QuantConv2d | QuantLinear
-Layers = list[tuple[_Quantized, Projection]]
+Layers = list[tuple[AnyQuantized, Projection]]
 
 
 def _trace(
@@ -205,17 +205,15 @@ def _trace(
     layers: Layers = []
     rescalings: list[Rescaling] = []
     for original, module in zip(list(reference.modules()), list(plain.modules()), strict=True):
-        if not isinstance(module, AnyQuantized):
+        if not isinstance(original, AnyQuantized):
             continue
-        index, relu, operands = None, False, None
-        if isinstance(original, QuantConv2d | QuantLinear):
-            relu, projection = original.relu, Projection.of(original)
-            if projection is not None:
-                index = len(layers)
-                if largest_input is not None:
-                    operands = _exact_operands(original, projection)
-                layers.append((original, replace(projection, as_integers=operands is not None)))
-        elif largest_input is not None and isinstance(original, EightBitConv2d):
+        relu, projection, index, operands = original.relu, Projection.of(original), None, None
+        if projection is not None:
+            index = len(layers)
+            if largest_input is not None:
+                operands = _exact_operands(original, projection)
+            layers.append((original, replace(projection, as_integers=operands is not None)))
+        elif largest_input is not None and original.spec.weight_scale == "max" and isinstance(original, nn.Conv2d):
             operands = _split_operands(original, largest_input)
         fold_weight(module, _PlainConv2d if isinstance(module, nn.Conv2d) else _PlainLinear)
         marks: dict[str, Any] = {"projection_index": index, "rescaling_index": None, "relu": relu, "steps": None}
@@ -260,7 +258,7 @@ class _Operands(NamedTuple):
     steps: float | None = None
 
 
-def _exact_operands(layer: _Quantized, projection: Projection) -> _Operands | None:
+def _exact_operands(layer: AnyQuantized, projection: Projection) -> _Operands | None:
     # where float32 holds every sum of products of the numerators exactly
     integers = _integers(layer)
     if integers is None:
@@ -274,7 +272,7 @@ def _exact_operands(layer: _Quantized, projection: Projection) -> _Operands | No
     )
 
 
-def _split_operands(layer: EightBitConv2d, largest_input: float) -> _Operands | None:
+def _split_operands(layer: AnyQuantized, largest_input: float) -> _Operands | None:
     # the input in whole numbers of steps, and what is between them
     integers = _integers(layer)
     if integers is None:
@@ -291,7 +289,7 @@ def _rescaling(layer: nn.Conv2d | nn.Linear, factor: Tensor, largest: Tensor) ->
     return Rescaling(factor.expand(len(largest)).numpy(), bias.double().numpy(), largest.numpy(), inner)
 
 
-def _integers(layer: _Quantized | EightBitConv2d) -> Integers | None:
+def _integers(layer: AnyQuantized) -> Integers | None:
     try:
         return integer_weight(layer)
     except ValueError:  # levels too far apart for integers

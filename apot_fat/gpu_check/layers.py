@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from apot_fat.gpu_check.check import FAILED, OK, Check, Found, Item
-from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d
-from apot_fat.quant.spec import PRESETS, QuantSpec, preset
+from apot_fat.quant.layers import QuantConv2d, QuantLinear
+from apot_fat.quant.spec import EIGHT_BIT, PRESETS, QuantSpec, preset
 from apot_fat.training.compile import compile_network
 from apot_fat.training.device import set_numerics
 
@@ -103,9 +103,9 @@ def fixture_cases(arrays: dict[str, np.ndarray], name: str) -> list[Case]:
 
 def _fixture_layer(name: str, place: str) -> nn.Module:
     if name == "first-conv":
-        return EightBitConv2d(3, 8, 3, padding=1, bias=False)
+        return QuantConv2d(3, 8, 3, padding=1, spec=EIGHT_BIT)
     if name == "last-fc":
-        return EightBitLinear(16, 10)
+        return QuantLinear(16, 10, spec=EIGHT_BIT)
     options = {"grad_scale": 0.05} if name.endswith("-gradscale") else {}
     base = name.removesuffix("-gradscale").removesuffix("-signed")
     return QuantConv2d(4, 6, 3, padding=1, spec=preset(base, bits=int(place.split("/bit")[1][0]), **options))

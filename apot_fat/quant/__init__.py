@@ -15,9 +15,9 @@ from apot_fat.quant.all_layers import (
     LayerClipping,
     clipping_table,
     keep_thresholds_positive,
-    quant_layers,
     set_bits,
     show_params,
+    threshold_layers,
 )
 from apot_fat.quant.convert import (
     Allocation,
@@ -31,12 +31,12 @@ from apot_fat.quant.convert import (
 )
 from apot_fat.quant.fake_quant import eight_bit_weight, quantize_activation, quantize_weight
 from apot_fat.quant.frequency import frequency_transform, weight_deactivate_freq
-from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
+from apot_fat.quant.layers import QuantConv2d, QuantLinear
 from apot_fat.quant.levels import LevelSet, apot_levels, build_power_value, level_set, pot_levels, uniform_levels
 from apot_fat.quant.normalization import normalize_weight
 from apot_fat.quant.projection import project
 from apot_fat.quant.seam import get_kernels, set_kernels
-from apot_fat.quant.spec import FLOAT_BITS, PRESETS, QuantSpec, preset
+from apot_fat.quant.spec import EIGHT_BIT, FLOAT_BITS, PRESETS, QuantSpec, preset
 from apot_fat.quant.thresholds import fit_threshold, initialize_thresholds
 from apot_fat.quant.units import ALPHA_FLOOR
 
@@ -49,13 +49,12 @@ set_kernels(os.environ.get("APOT_FAT_KERNELS", "auto"))
 
 __all__ = [
     "ALPHA_FLOOR",
+    "EIGHT_BIT",
     "FLOAT_BITS",
     "PRESETS",
     "Allocation",
     "Conversion",
     "ConvertedLayer",
-    "EightBitConv2d",
-    "EightBitLinear",
     "LayerClipping",
     "LevelSet",
     "QuantConv2d",
@@ -78,7 +77,6 @@ __all__ = [
     "pot_levels",
     "preset",
     "project",
-    "quant_layers",
     "quantize",
     "quantize_activation",
     "quantize_weight",
@@ -86,6 +84,7 @@ __all__ = [
     "set_bits",
     "set_kernels",
     "show_params",
+    "threshold_layers",
     "uniform_levels",
     "weight_deactivate_freq",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from apot_fat.quant.layers import QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.spec import FLOAT_BITS, QuantSpec, check_bits
 from apot_fat.quant.units import ALPHA_FLOOR
 
@@ -29,10 +29,13 @@ class LayerClipping:
     mask_min: float | None = None
 
 
-def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
-    """Name and module of every ``QuantConv2d`` and ``QuantLinear``, in the order of definition."""
+def threshold_layers(model: nn.Module) -> Iterator[tuple[str, AnyQuantized]]:
+    """Name and module of every quantized layer but those of ``EIGHT_BIT``, in the order of definition.
+
+    They have thresholds, or at 32 bits would have them at fewer.
+    """
     for name, module in model.named_modules():
-        if isinstance(module, QuantConv2d | QuantLinear):
+        if isinstance(module, AnyQuantized) and module.spec.weight_scale == "threshold":
             yield name, module
 
 
@@ -43,7 +46,7 @@ def clipping_table(model: nn.Module) -> list[LayerClipping]:
         One ``LayerClipping`` a layer; thresholds in their own units, None where a side is float.
     """
     rows = []
-    for name, layer in quant_layers(model):
+    for name, layer in threshold_layers(model):
         mask = layer.mask_range() or (None, None)
         alphas = layer.clipping_thresholds()
         rows.append(LayerClipping(name, layer.spec.weight_bits, layer.spec.act_bits, *alphas, *mask))
@@ -52,7 +55,7 @@ def clipping_table(model: nn.Module) -> list[LayerClipping]:
 
 def show_params(model: nn.Module) -> None:
     """Print the published threshold line of every quantized layer; of one threshold a channel the mean."""
-    for _, layer in quant_layers(model):
+    for _, layer in threshold_layers(model):
         layer.show_params()
 
 
@@ -63,7 +66,7 @@ def set_bits(model: nn.Module, bits: int) -> nn.Module:
     not (``weight_bits=32`` or ``act_bits=32`` of ``quantize``) stays float; of a layer at 32 bits both sides are set.
 
     Args:
-        model: any network that holds ``QuantConv2d`` or ``QuantLinear``.
+        model: any network that holds ``QuantConv2d`` or ``QuantLinear``; those of ``EIGHT_BIT`` stay as they are.
         bits: 2 to 8, or 32. Make the optimiser afterwards: from 32 bits the thresholds are new parameters.
 
     Returns:
@@ -73,10 +76,11 @@ def set_bits(model: nn.Module, bits: int) -> nn.Module:
         ValueError: other bits, or a model without quantized layers.
     """
     check_bits(bits)
-    layers = [layer for _, layer in quant_layers(model)]
+    layers = [layer for _, layer in threshold_layers(model)]
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} holds no QuantConv2d or QuantLinear: build it from them, or quantize it"
+            f"{type(model).__name__} holds no QuantConv2d or QuantLinear whose bits can be set: build it from them, or "
+            "quantize it"
         )
     for layer in layers:
         if layer.fixed_bits:
@@ -100,7 +104,7 @@ def keep_thresholds_positive(model: nn.Module) -> int:
     The layers read such a threshold as the floor anyway; this brings the parameter back, so that training can raise it.
     """
     raised = 0
-    for _, layer in quant_layers(model):
+    for _, layer in threshold_layers(model):
         for alpha in (layer.weight_alpha, layer.act_alpha):
             if alpha is not None and (too_low := int((alpha <= 0).sum())):
                 alpha.masked_fill_(alpha <= 0, ALPHA_FLOOR)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.fake_quant import keeps_negatives
 from apot_fat.quant.layers import QuantConv2d, QuantLinear
 from apot_fat.quant.normalization import CONSTANT
@@ -30,7 +30,7 @@ def odd_layers(model: nn.Module, x: Tensor) -> list[str]:
         Sentences that begin with the layer's name; none for a network in order.
     """
     found: list[str] = []
-    names = {module: name or type(module).__name__ for name, module in quant_layers(model)}
+    names = {module: name or type(module).__name__ for name, module in threshold_layers(model)}
     if not names:
         return found
 

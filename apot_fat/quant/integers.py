@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear
 from apot_fat.quant.units import along_rows, threshold_in_use
 
-EIGHT_BIT_DENOMINATOR = 127
 _MAX_DENOMINATOR = 1 << 31
 
 
@@ -40,19 +39,14 @@ def integer_weight(layer: torch.nn.Module) -> Integers | None:
     """The quantized weight of a layer as integers; None where the weight is float.
 
     Args:
-        layer: ``QuantConv2d``, ``QuantLinear``, ``EightBitConv2d`` or ``EightBitLinear``; any other has float weights.
+        layer: ``QuantConv2d`` or ``QuantLinear``; any other has float weights.
 
     Raises:
         ValueError: powers of two whose denominator exceeds 2^31.
     """
-    if isinstance(layer, EightBitConv2d | EightBitLinear):
-        scale = layer.weight.max()
-        if not scale > 0:
-            return None  # such a weight is left as it is
-        return _integers(layer.quantized_weight(), EIGHT_BIT_DENOMINATOR, scale)
-    if not isinstance(layer, QuantConv2d | QuantLinear) or layer.weight_alpha is None:
+    if not isinstance(layer, AnyQuantized) or (scale := layer.weight_scale()) is None:
         return None
-    return _integers(layer.quantized_weight(), layer.spec.weight_set.denominator, threshold_in_use(layer.weight_alpha))
+    return _integers(layer.quantized_weight(), layer.spec.weight_set.denominator, scale)
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ class _QuantLayer(seam.MemoryLayer):
         channels = self.weight.shape[0]
         quantizes_weight = spec.weight_bits != FLOAT_BITS
         per_channel = (channels,) if spec.weight_per_channel else ()
-        made = self._keep_parameter("weight_alpha", quantizes_weight, per_channel, spec.weight_alpha or 1.0)
+        made = self._keep_parameter("weight_alpha", spec.has_weight_threshold, per_channel, spec.weight_alpha or 1.0)
         self._keep_parameter("act_alpha", spec.act_bits != FLOAT_BITS, (), spec.act_alpha)
         self._keep_parameter("transform", quantizes_weight and spec.transform, (channels, channels), 1 / channels)
         before = self.__dict__.get("_spec")
@@ -118,11 +118,12 @@ class _QuantLayer(seam.MemoryLayer):
         return w if self.spec.weight_norm != "none" else w / deviation(w)
 
     def quantized_weight(self) -> Tensor:
-        """The weight the layer computes with: α times a level; at 32 bits the weight itself. Shape of ``weight``."""
-        return self.weight if self.weight_alpha is None else seam.speed.weight(self, self._quantize_weight)
+        """The weight the layer computes with: scale times level; at 32 bits the weight itself. Shape of ``weight``."""
+        return self.weight if self.weight_set is None else seam.speed.weight(self, self._quantize_weight)
 
     def _quantize_weight(self) -> Tensor:
-        assert self.weight_alpha is not None
+        if self.weight_alpha is None:
+            return eight_bit_weight(self.weight)
         assert self.weight_set is not None
         return quantize_weight(
             self.transformed_weight(),
@@ -131,6 +132,17 @@ class _QuantLayer(seam.MemoryLayer):
             clip_gradient=self.spec.clips_weight_gradient,
             grad_scale=self.grad_scale(self.weight_set, self.weight.numel() // max(self.weight_alpha.numel(), 1)),
         )
+
+    @torch.no_grad()
+    def weight_scale(self) -> Tensor | None:
+        """What the weight's level of 1 stands for: the threshold in use, or the maximum; None of a float weight.
+
+        A weight without a positive maximum, which has no such scale, is float too.
+        """
+        if self.weight_alpha is not None:
+            return threshold_in_use(self.weight_alpha)
+        scale = None if self.weight_set is None else self.weight.max()
+        return scale if scale is not None and scale > 0 else None
 
     def quantized_input(self, x: Tensor, features: int | None = None) -> Tensor:
         """The input the layer computes with: α times a level; at 32 bits the input itself. Shape of ``x``.
@@ -212,7 +224,8 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
         relu: take the input's ReLU first, in the same pass as the quantizer; at any bits.
 
     Shapes: x (N, C_in, H, W) → (N, C_out, H', W'); ``weight_alpha``, ``act_alpha`` 0-d, the first (C_out,) with
-    ``weight_per_channel``; ``transform`` (C_out, C_out) with FAT, else None. At 32 bits the three are None.
+    ``weight_per_channel``; ``transform`` (C_out, C_out) with FAT, else None. At 32 bits, and with ``EIGHT_BIT``, the
+    three are None.
 
     Raises:
         ValueError: bits other than 2 to 8 and 32, or a grad_scale that is not positive.
@@ -287,31 +300,7 @@ class QuantLinear(_QuantLayer, nn.Linear):
         return y if y is not None else F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
-class _EightBitLayer(seam.MemoryLayer):
-    weight: Tensor
-
-    def quantized_weight(self) -> Tensor:
-        """The weight the layer computes with."""
-        return seam.speed.weight(self, lambda: eight_bit_weight(self.weight))
-
-
-class EightBitConv2d(_EightBitLayer, nn.Conv2d):
-    """The published first convolution: 8-bit weight, float input (``eight_bit_weight``); arguments of ``nn.Conv2d``."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """y = conv(x, w_q) + bias."""
-        return self._conv_forward(input, self.quantized_weight(), self.bias)
-
-
-class EightBitLinear(_EightBitLayer, nn.Linear):
-    """The published last layer: 8-bit weight, float input (``eight_bit_weight``); arguments of ``nn.Linear``."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """y = x w_qᵀ + bias."""
-        return F.linear(input, self.quantized_weight(), self.bias)
-
-
-AnyQuantized = QuantConv2d | QuantLinear | EightBitConv2d | EightBitLinear
+AnyQuantized = QuantConv2d | QuantLinear
 
 
 def threshold_line(weight_alpha: float | None, act_alpha: float | None) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from apot_fat.quant.frequency import frequency_transform
 from apot_fat.quant.integers import integer_weight
-from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
+from apot_fat.quant.layers import QuantConv2d, QuantLinear
 from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.units import along_rows, threshold_in_use
 from apot_fat.quant.watching import evaluation_mode, watch_inputs
@@ -142,7 +142,7 @@ def measure_weight(layer: nn.Conv2d | nn.Linear) -> Distribution:
         unit = along_rows(alpha.double(), w.dim())
         found = distribution(w.double() / unit, q.double() / unit, levels, (levels[0], levels[-1]))
         return replace(found, sqnr=signal_to_noise(w, q))
-    integers = integer_weight(layer) if isinstance(layer, EightBitConv2d | EightBitLinear) else None
+    integers = integer_weight(layer)
     if integers is None:
         return distribution(layer.weight, layer.weight)
     low, high = int(integers.numerators.min()), int(integers.numerators.max())

@@ -115,10 +115,6 @@ class MemoryLayer(nn.Module):
 
     _kept: Any = None
 
-    def quantized_weight(self) -> Tensor:
-        """The weight the layer computes with."""
-        raise NotImplementedError
-
     def train(self, mode: bool = True) -> Self:
         """Set the mode; what was kept is given up."""
         speed.forget(self)

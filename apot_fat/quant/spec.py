@@ -12,6 +12,7 @@ from apot_fat.quant.levels import LEVEL_FAMILIES, SIGNED_FAMILIES, LevelSet, lev
 FLOAT_BITS = 32
 LOW_BITS = (2, 3, 4, 5, 6, 7, 8)
 
+WeightScale = Literal["threshold", "max"]
 WeightNorm = Literal["standardize", "center", "tanh", "none"]
 WeightGradient = Literal["calibrated", "clipped"]
 ActClip = Literal["above", "both"]
@@ -19,6 +20,12 @@ ActAlphaGradient = Literal["full", "clipped-only"]
 InputClip = Literal["above", "both", "relu"]
 """``ActClip``, or the ReLU before it in the same pass."""
 KernelChoice = Literal["auto", "compiled", "eager"]
+
+
+def check_bits(bits: int, name: str = "bits") -> None:
+    """Raise ``ValueError`` unless ``bits`` is 2 to 8 or 32."""
+    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in (*LOW_BITS, FLOAT_BITS):
+        raise ValueError(f"{name} {bits!r}: choose an integer from {LOW_BITS[0]} to {LOW_BITS[-1]}, or {FLOAT_BITS}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class QuantSpec:
         weight_per_channel: one weight threshold an output channel, ``weight_alpha`` of shape (C_out,) with a gradient
             each, instead of one a layer.
         weight_alpha_learned: False keeps the weight's threshold as it is: a parameter without a gradient.
+        weight_scale: what a weight's level of 1 stands for: ``threshold``, the parameter ``weight_alpha``; ``max``, the
+            largest weight, without a parameter (``eight_bit_weight``): only as in ``EIGHT_BIT``.
         act_signed: whether inputs may be negative: levels then stand for magnitudes, one bit is spent on the sign, and
             the input is quantized as a weight is, with the ``clipped`` gradient. Not with ``clipped-only``.
         act_clip: ``both`` clips the input to [0, 1] · α; ``above`` only at α, and passes the gradient of negatives.
@@ -71,6 +80,7 @@ class QuantSpec:
     act_alpha: float = 8.0
     weight_per_channel: bool = False
     weight_alpha_learned: bool = True
+    weight_scale: WeightScale = "threshold"
 
     def __post_init__(self) -> None:
         check_bits(self.weight_bits, "weight_bits")
@@ -78,6 +88,7 @@ class QuantSpec:
         choices = {
             "weight_levels": (*LEVEL_FAMILIES, *SIGNED_FAMILIES),
             "act_levels": tuple(LEVEL_FAMILIES),
+            "weight_scale": get_args(WeightScale),
             "weight_norm": get_args(WeightNorm),
             "weight_gradient": get_args(WeightGradient),
             "act_clip": get_args(ActClip),
@@ -101,6 +112,10 @@ class QuantSpec:
                 continue
             elif value is None or not 0 < value < float("inf"):
                 raise ValueError(f"{name} {value!r}: must be positive and finite")
+        for name, needed in _BY_MAX.items() if self.weight_scale == "max" else ():
+            if getattr(self, name) != needed:
+                given = f"weight_scale 'max' with {name} {getattr(self, name)!r}"
+                raise ValueError(f"{given}: choose {name} {needed!r}, or weight_scale 'threshold'")
 
     @property
     def weight_set(self) -> LevelSet:
@@ -113,6 +128,11 @@ class QuantSpec:
         return level_set(self.act_levels, self.act_bits - self.act_signed)
 
     @property
+    def has_weight_threshold(self) -> bool:
+        """Whether the weight is quantized by a threshold."""
+        return self.weight_bits != FLOAT_BITS and self.weight_scale == "threshold"
+
+    @property
     def clips_weight_gradient(self) -> bool:
         """Whether ∂L/∂ŵ is 0 outside the levels: the ``clipped`` gradient, above 2 bits or with signed levels."""
         return self.weight_gradient == "clipped" and (self.weight_bits > 2 or self.weight_levels in SIGNED_FAMILIES)
@@ -121,6 +141,18 @@ class QuantSpec:
         """The same variant at other bits, for weight and activation alike."""
         return replace(self, weight_bits=bits, act_bits=bits)
 
+
+# what the scale by the maximum is for
+_BY_MAX: dict[str, Any] = {
+    "weight_bits": 8,
+    "act_bits": FLOAT_BITS,
+    "weight_levels": "uniform",
+    "weight_norm": "none",
+    "transform": False,
+    "weight_per_channel": False,
+}
+EIGHT_BIT = QuantSpec(**_BY_MAX, act_levels="uniform", weight_scale="max")
+"""The published first and last layer: 8-bit weight, float input. ``set_bits`` leaves such layers alone."""
 
 _UNIFORM = {"weight_levels": "uniform", "act_levels": "uniform"}
 _POT = {"weight_levels": "pot", "act_levels": "pot"}
@@ -196,12 +228,6 @@ def preset(name: str, bits: int = 4, **overrides: Any) -> QuantSpec:
         if key not in allowed:
             raise ValueError(f"unknown field {key!r} of QuantSpec{nearest(key, allowed)}")
     return QuantSpec(**{"weight_bits": bits, "act_bits": bits, **PRESETS[name], **overrides})
-
-
-def check_bits(bits: int, name: str = "bits") -> None:
-    """Raise ``ValueError`` unless ``bits`` is 2 to 8 or 32."""
-    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in (*LOW_BITS, FLOAT_BITS):
-        raise ValueError(f"{name} {bits!r}: choose an integer from {LOW_BITS[0]} to {LOW_BITS[-1]}, or {FLOAT_BITS}")
 
 
 def nearest(name: str, known: Any) -> str:

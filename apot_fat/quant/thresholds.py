@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apot_fat.quant.all_layers import keep_thresholds_positive, quant_layers
+from apot_fat.quant.all_layers import keep_thresholds_positive, threshold_layers
 from apot_fat.quant.fake_quant import quantize_weight
 from apot_fat.quant.layers import QuantConv2d, QuantLinear, initial_step_threshold
 from apot_fat.quant.levels import LevelSet
@@ -55,7 +55,7 @@ def initialize_thresholds(model: nn.Module, batch: Tensor, rule: str = "mse") ->
     """
     if rule not in get_args(ThresholdRule):
         raise ValueError(f"threshold rule {rule!r}: choose one of {', '.join(get_args(ThresholdRule))}")
-    waiting = {id(layer): layer for _, layer in quant_layers(model)}
+    waiting = {id(layer): layer for _, layer in threshold_layers(model)}
     if not waiting:
         raise ValueError(f"{type(model).__name__} holds no quantized layer: there is no threshold to set")
     for layer in waiting.values():

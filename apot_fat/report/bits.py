@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.spec import FLOAT_BITS, QuantSpec, preset
 from apot_fat.training.config import TrainConfig
 
@@ -69,7 +69,7 @@ def network_bits(model: nn.Module) -> NetworkBits:
     """Bits of the layers of a network that quantize their weight or their input."""
     layers = {
         name: layer
-        for name, layer in quant_layers(model)
+        for name, layer in threshold_layers(model)
         if (layer.spec.weight_bits, layer.spec.act_bits) != (FLOAT_BITS, FLOAT_BITS)
     }
     specs = {name: layer.spec for name, layer in layers.items()}

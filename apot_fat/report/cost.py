@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from apot_fat.quant.input_shape import run_on_zeros, split_batch
 from apot_fat.quant.integers import integer_weight, shift_terms
-from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.text import aligned, csv_cell
 
 FLOAT_BYTES = FLOAT_BITS // 8
-EIGHT_BITS = 8
 OTHERS = "(others)"
 TOTAL = "total"
 _SIZES = ("parameters", "float32 B", "packed B")
@@ -116,6 +115,7 @@ def cost_report(model: nn.Module, input_shape: Sequence[int]) -> CostReport:
     Raises:
         ValueError: another shape, or one that the network refuses.
 
+    >>> from apot_fat import QuantConv2d
     >>> layer = QuantConv2d(2, 3, 3, bit=3)
     >>> cost_report(layer, (2, 4, 4)).total.macs  # 3 channels at 2 × 2 positions, 2 · 3 · 3 weights each
     216
@@ -153,7 +153,7 @@ def _output_positions(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int
 
 
 def _layer_cost(name: str, layer: nn.Conv2d | nn.Linear, positions: int, seen: set[int]) -> LayerCost:
-    weight_bits, act_bits = _bits(layer)
+    weight_bits, act_bits, scales = _quantizers(layer)
     weights = _sizes([layer.weight], seen)
     biases = _sizes([] if layer.bias is None else [layer.bias], seen)
     parameters = weights + biases + _sizes(layer.parameters(), seen)
@@ -167,7 +167,7 @@ def _layer_cost(name: str, layer: nn.Conv2d | nn.Linear, positions: int, seen: s
         act_bits=act_bits,
         parameters=parameters,
         float32_bytes=FLOAT_BYTES * (weights + biases),
-        packed_bytes=codes + FLOAT_BYTES * (biases + _scales(layer, weight_bits)),
+        packed_bytes=codes + FLOAT_BYTES * (biases + scales),
         macs=macs,
         bit_operations=macs * weight_bits * act_bits,
         shift_adds=0 if is_float else _terms(layer) * positions,
@@ -175,22 +175,17 @@ def _layer_cost(name: str, layer: nn.Conv2d | nn.Linear, positions: int, seen: s
     )
 
 
-def _bits(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, QuantConv2d | QuantLinear):
-        return layer.spec.weight_bits, layer.spec.act_bits
-    if isinstance(layer, EightBitConv2d | EightBitLinear) and layer.weight.max() > 0:  # else it is left as it is
-        return EIGHT_BITS, FLOAT_BITS
-    return FLOAT_BITS, FLOAT_BITS
-
-
-def _scales(layer: nn.Module, weight_bits: int) -> int:
-    if isinstance(layer, QuantConv2d | QuantLinear):
-        return sum(alpha.numel() for alpha in (layer.weight_alpha, layer.act_alpha) if alpha is not None)
-    return int(weight_bits != FLOAT_BITS)
+def _quantizers(layer: nn.Module) -> tuple[int, int, int]:
+    # bits of weight and input as they are computed with, and how many scales they count in
+    if not isinstance(layer, AnyQuantized):
+        return FLOAT_BITS, FLOAT_BITS, 0
+    scale, alpha = layer.weight_scale(), layer.act_alpha
+    weight_bits = FLOAT_BITS if scale is None else layer.spec.weight_bits
+    return weight_bits, layer.spec.act_bits, sum(s.numel() for s in (scale, alpha) if s is not None)
 
 
 def _terms(layer: nn.Module) -> int:
-    if isinstance(layer, QuantConv2d | QuantLinear) and layer.spec.weight_set.is_pot:
+    if isinstance(layer, AnyQuantized) and layer.spec.weight_set.is_pot:
         return int(layer.quantized_weight().count_nonzero())  # one each; some have no integers of reasonable size
     weight = integer_weight(layer)
     assert weight is not None  # its bits are not float's

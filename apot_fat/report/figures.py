@@ -10,7 +10,7 @@ import torch
 
 from apot_fat.checkpoint import atomic_write, read_checkpoint
 from apot_fat.optional import needed_for
-from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.training.folder import BEST, LAST, RunSummary
 from apot_fat.training.network import open_network
 
@@ -117,7 +117,7 @@ def _draw_weights(axes: Any, runs: Sequence[RunSummary]) -> None:
         return
     run = max(apot, key=lambda run: run.bits)
     model = open_network(run.folder / BEST).model
-    name, layer = list(quant_layers(model))[len(list(quant_layers(model))) // 2]
+    name, layer = list(threshold_layers(model))[len(list(threshold_layers(model))) // 2]
     assert layer.weight_alpha is not None
     with torch.no_grad():
         values = layer.transformed_weight().flatten().numpy()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apot_fat.optional import needed_for
-from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.measure import measure_inputs, measure_weight
 from apot_fat.training.config import TrainConfig
 
@@ -78,7 +78,7 @@ class Board:
             self._write_layers(model, images, epoch)
 
     def _write_layers(self, model: nn.Module, images: Tensor, epoch: int) -> None:
-        layers = dict(quant_layers(model))
+        layers = dict(threshold_layers(model))
         if not layers:
             return
         inputs = measure_inputs(model, images)
@@ -97,7 +97,7 @@ def draw_levels(model: nn.Module) -> Figure:
     """The weights of the first, a middle and the last quantized layer, and the levels under them."""
     from matplotlib.figure import Figure
 
-    layers = list(quant_layers(model))
+    layers = list(threshold_layers(model))
     chosen = [layers[i] for i in sorted({0, len(layers) // 2, len(layers) - 1})]
     figure = Figure(figsize=(4 * len(chosen), 3), layout="constrained")
     for axes, (name, layer) in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):

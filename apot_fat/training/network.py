@@ -23,7 +23,7 @@ from apot_fat.checkpoint import (
     torchvision_weights,
 )
 from apot_fat.models import create_model, find_architecture, list_models, register
-from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.recorded import recorded_config
@@ -123,7 +123,7 @@ def _open_own(path: Path, given: dict[str, Any], own: str) -> NetworkFile:
     else:
         where, content = f"checkpoint {path}", read_newest(path, log.warning)
         model = load_weights(build(), content, label=where).eval()
-    bits = [layer.spec.weight_bits for _, layer in quant_layers(model)]
+    bits = [layer.spec.weight_bits for _, layer in threshold_layers(model)]
     linear = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
     config = TrainConfig.from_dict({**given, "arch": name, "bit": max(bits, default=FLOAT_BITS)}, where)
     return NetworkFile(where, config, model, linear[-1] if linear else None, content, is_recorded=False)

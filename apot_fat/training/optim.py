@@ -8,7 +8,7 @@ import math
 import torch
 from torch import nn
 
-from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.training.config import TrainConfig
 
 log = logging.getLogger("apot_fat")
@@ -27,7 +27,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, ob
     act_alphas: list[nn.Parameter] = []
     weight_alphas: list[nn.Parameter] = []
     if config.threshold_groups:
-        for _, layer in quant_layers(model):
+        for _, layer in threshold_layers(model):
             act_alphas += [p for p in (layer.act_alpha,) if p is not None]
             weight_alphas += [p for p in (layer.weight_alpha, layer.transform) if p is not None]
     apart = {id(p) for p in (*act_alphas, *weight_alphas)}

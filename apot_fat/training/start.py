@@ -18,7 +18,7 @@ from apot_fat.checkpoint import (
     torchvision_weights,
 )
 from apot_fat.data import Batches, FileSet, ImageSet
-from apot_fat.quant.all_layers import quant_layers, set_bits
+from apot_fat.quant.all_layers import set_bits, threshold_layers
 from apot_fat.quant.convert import Reconstruction, reconstruct
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.quant.thresholds import initialize_thresholds
@@ -53,7 +53,7 @@ def load_initial_weights(model: nn.Module, config: TrainConfig) -> None:
 
 def set_initial_thresholds(model: nn.Module, config: TrainConfig, batches: Batches, device: torch.device) -> None:
     """Set the thresholds as ``config.threshold_init`` says, on the first training batch of this process."""
-    if config.threshold_init == "constant" or not any(True for _ in quant_layers(model)):
+    if config.threshold_init == "constant" or not any(True for _ in threshold_layers(model)):
         return
     batches.set_epoch(0)
     with autocast(device, config.amp):
@@ -68,7 +68,7 @@ def reconstruct_start(
     Raises:
         ValueError: its images are normalised otherwise.
     """
-    if not config.reconstruct or not any(True for _ in quant_layers(model)):
+    if not config.reconstruct or not any(True for _ in threshold_layers(model)):
         return
     reference = _network_of_init(config, num_classes).to(device)
     if config.channels_last:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import base64
 import copy
+import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from apot_fat import load_packed, load_weights, quantize, save_packed, set_bits
-from apot_fat.checkpoint.packed import pack_bits, unpack_bits
+from apot_fat.checkpoint.packed import FORMAT, pack_bits, unpack_bits
 from apot_fat.models import create_model
-from apot_fat.quant import PRESETS, EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear, preset
+from apot_fat.quant import EIGHT_BIT, PRESETS, QuantConv2d, QuantLinear, QuantSpec, preset
 
 
 def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -99,22 +102,48 @@ def test_an_eight_bit_weight_far_below_its_scale(lowest: float, tmp_path: Path) 
     torch.testing.assert_close(logits(load_packed(path), x), logits(model, x), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("kind", [QuantConv2d, QuantLinear, EightBitConv2d, EightBitLinear])
-def test_a_network_of_a_layer_alone(kind: type[nn.Module], per_channel: bool, tmp_path: Path) -> None:
+ONE_A_CHANNEL = preset("fat-cifar", 3, weight_per_channel=True)
+
+
+@pytest.mark.parametrize("spec", [preset("fat-cifar", 3), ONE_A_CHANNEL, EIGHT_BIT], ids=["fat", "channels", "8 bits"])
+@pytest.mark.parametrize("kind", [QuantConv2d, QuantLinear])
+def test_a_network_of_a_layer_alone(kind: type[nn.Module], spec: QuantSpec, tmp_path: Path) -> None:
     is_conv = issubclass(kind, nn.Conv2d)
     sizes, x = ((3, 4, 3), torch.randn(2, 3, 5, 5)) if is_conv else ((3, 4), torch.randn(2, 3))
-    spec = {"spec": preset("fat-cifar", 3, weight_per_channel=per_channel)} if "Quant" in kind.__name__ else {}
-    layer, path = kind(*sizes, bias=True, **spec), tmp_path / "layer.safetensors"
+    layer, path = kind(*sizes, bias=True, spec=spec), tmp_path / "layer.safetensors"
     expected = logits(layer, x)
     save_packed(layer, path)
-    for model in (kind(*sizes, bias=True, **spec), (nn.Conv2d if is_conv else nn.Linear)(*sizes)):
+    for model in (kind(*sizes, bias=True, spec=spec), (nn.Conv2d if is_conv else nn.Linear)(*sizes)):
         loaded = load_packed(path, model)
         assert loaded is model
         assert type(loaded) is kind
         torch.testing.assert_close(logits(loaded, x), expected, atol=0, rtol=0)
     with pytest.raises(ValueError, match=r"has the shape \(4, 3.*\), the network has Linear of shape \(2, 2\) there"):
         load_packed(path, nn.Linear(2, 2))
+
+
+def test_a_file_is_as_it_was_before_the_8_bit_ends_had_a_spec(tmp_path: Path) -> None:
+    spec = {
+        "weight_bits": 3, "act_bits": 3, "weight_levels": "apot", "act_levels": "apot", "weight_norm": "none",
+        "weight_norm_gradient": False, "transform": False, "weight_gradient": "calibrated", "act_signed": False,
+        "act_clip": "above", "act_alpha_gradient": "full", "grad_scale": None, "weight_alpha": 3.0, "act_alpha": 8.0,
+        "weight_per_channel": False, "weight_alpha_learned": True,
+    }  # fmt: skip
+    end = {"shape": [1, 2], "dtype": "float32", "offset": -254, "bits": 9, "scale": 0.5}
+    other = {"shape": [1, 1], "dtype": "float32", "spec": spec, "relu": True, "fixed_bits": False}
+    floats = {"0.bias": [1], "1.bias": [1], "1.weight_alpha": [], "1.act_alpha": []}
+    index = {"layers": {"0": end, "1": other}, "floats": floats, "network": None}
+    packed = base64.b85encode(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)).decode()
+    codes = {"0.weight": pack_bits(torch.tensor([0, 381]), 9), "1.weight": pack_bits(torch.tensor([0]), 3)}
+    metadata, before = {"format": FORMAT, "version": "1", "index": packed}, tmp_path / "before.safetensors"
+    save_file(codes | {"float32": torch.tensor([0.25, 0.5, 3.0, 2.0])}, before, metadata)
+    network = load_packed(before, nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1)))
+    assert network[0].spec == EIGHT_BIT  # type: ignore[index]
+    x = torch.tensor([[0.5, 0.0], [-2.0, 1.0], [1.0, 0.0]])  # −0.25, 2.75, −0.75 behind the first
+    assert logits(network, x).flatten().tolist() == pytest.approx([0.5, -5.5, 0.5])
+    save_packed(network, tmp_path / "after.safetensors")
+    with safe_open(tmp_path / "after.safetensors", framework="pt") as file:
+        assert json.loads(zlib.decompress(base64.b85decode(file.metadata()["index"]))) == index
 
 
 def edges(first: str) -> nn.Sequential:

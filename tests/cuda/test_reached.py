@@ -30,7 +30,7 @@ from tests.cuda import works
 from tests.fake_cuda import DEVICE, FakeCuda
 
 PACKAGE = Path(__file__).resolve().parents[2] / "apot_fat"
-_TAKEN = re.compile(r"\b(Tensor|Batch|Integers|nn\.\w+|\w*Conv2d|\w*Linear)\b")
+_TAKEN = re.compile(r"\b(Tensor|Batch|Integers|nn\.\w+|\w*Conv2d|\w*Linear|AnyQuantized)\b")
 
 NOT_REACHED = {
     "before anything is on the device: files read, networks made, what an error says": [
@@ -44,7 +44,6 @@ NOT_REACHED = {
         "models.mobilenet_v2:_conv_norm_relu",
         "models.vgg:VGG.__init__",
         "plain:*",
-        "quant.convert.network:_is_ours",
     ],
     "on the CPU by what they are: copies of networks for export (test_networks.py exports one), products of bytes": [
         "export.*",
@@ -56,6 +55,7 @@ NOT_REACHED = {
     "compiled code alone": [
         "quant.fast.kernels:_probe",
         "quant.fast.kernels:_size_class",
+        "quant.fast.kept:_keep_for_graphs",
         "quant.fast.kept:kept_weights",
         "quant.fast.projection:_round_to_power_of_two",
         "quant.fast.projection:search",

@@ -37,7 +37,7 @@ from apot_fat.data import Batches, FileBatches, FileSet, ImageSet, load_dataset
 from apot_fat.evaluation import evaluate_request
 from apot_fat.export import simulated_accumulator
 from apot_fat.models import create_model
-from apot_fat.quant.all_layers import keep_thresholds_positive, quant_layers
+from apot_fat.quant.all_layers import keep_thresholds_positive, threshold_layers
 from apot_fat.quant.diagnosis import odd_layers
 from apot_fat.quant.layers import QuantConv2d, QuantLinear
 from apot_fat.quant.measure import measure_layers
@@ -133,7 +133,7 @@ def looks(device: torch.device, folder: Path, arch: str, preset: str, **override
     run = config(arch, preset, histogram_every=1)
     x = next(iter(make_batches(run, images(arch), device))).x
     with torch.no_grad():
-        next(layer for _, layer in quant_layers(model)).weight.fill_(1.0)
+        next(layer for _, layer in threshold_layers(model)).weight.fill_(1.0)
     table = {row.name: asdict(row) for row in clipping_table(model)}
     board = Board(folder, run, 0)
     board.write({"lr": {"weights": 0.1}, "layers": table, "test_loss": 1.0, "test_top1": 50.0}, model, x, 0)

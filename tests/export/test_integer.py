@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from apot_fat.export import IntegerLayer, compare_networks, integer_network, simulated_accumulator
 from apot_fat.export.integer import layer_inputs
 from apot_fat.models import create_model
-from apot_fat.quant import QuantConv2d, QuantLinear, level_set, preset, quant_layers
+from apot_fat.quant import QuantConv2d, QuantLinear, level_set, preset, threshold_layers
 from apot_fat.quant.integers import shift_terms
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def test_networks_agree_and_the_model_stays() -> None:
     assert model.training
     assert not multiply.training
     names = [name for name, module in shift.named_modules() if isinstance(module, IntegerLayer)]
-    assert names == [name for name, _ in quant_layers(model)]
+    assert names == [name for name, _ in threshold_layers(model)]
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(multiply(x), shift(x))
     for divergence in compare_networks(model.eval(), multiply, x):
@@ -196,7 +196,7 @@ RELEASED = [(3, 947), (4, 941)]
 @pytest.mark.parametrize(("bits", "correct"), RELEASED)
 def test_released_layers_agree_to_the_last_bit(released: Released, bits: int, correct: int) -> None:
     model, images, _ = released(bits)
-    layers = dict(quant_layers(model))
+    layers = dict(threshold_layers(model))
     _, inputs = layer_inputs(model, list(layers), images[:3])
     assert len(inputs) == 20
     for name, x in inputs:
@@ -209,7 +209,7 @@ def test_released_layers_agree_to_the_last_bit(released: Released, bits: int, co
 @pytest.mark.parametrize(("bits", "correct"), RELEASED)
 def test_released_networks_agree_but_for_rounding_ties(released: Released, bits: int, correct: int) -> None:
     model, images, labels = released(bits)
-    layers = dict(quant_layers(model))
+    layers = dict(threshold_layers(model))
     multiply, shift = integer_network(model), integer_network(model, "shift")
     right = {"float": 0, "multiply": 0, "shift": 0}
     for start in range(0, len(images), 32):

@@ -21,10 +21,9 @@ from apot_fat.export.graph import GraphBuilder, Projection, emit_projection, emi
 from apot_fat.export.int8 import best_range, linear_grid
 from apot_fat.export.integer import IntegerLayer
 from apot_fat.models import create_model
-from apot_fat.quant import QuantConv2d, QuantLinear, level_set, preset, quantize_activation
+from apot_fat.quant import EIGHT_BIT, QuantConv2d, QuantLinear, level_set, preset, quantize_activation, threshold_layers
 from apot_fat.quant.fast.byte_product import largest_product
 from apot_fat.quant.integers import integer_weight
-from apot_fat.quant.layers import EightBitConv2d, EightBitLinear
 from apot_fat.quant.spec import InputClip
 from apot_fat.report import cost_report
 
@@ -57,7 +56,7 @@ class Small(nn.Module):
     def __init__(self, name: str, bits: int) -> None:
         super().__init__()
         spec = preset(name, bits=bits, act_alpha=2.0)
-        self.stem = nn.Sequential(EightBitConv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.stem = nn.Sequential(QuantConv2d(3, 8, 3, padding=1, spec=EIGHT_BIT), nn.BatchNorm2d(8), nn.ReLU())
         self.conv1 = QuantConv2d(8, 8, 3, padding=1, groups=4, spec=spec)
         self.bn1 = nn.BatchNorm2d(8)
         self.conv2 = QuantConv2d(8, 8, 3, padding=1, spec=spec, relu=True)
@@ -66,7 +65,7 @@ class Small(nn.Module):
         self.bn3 = nn.BatchNorm2d(12)
         self.conv4 = QuantConv2d(12, 12, 3, padding=1, spec=spec)
         self.tokens = QuantLinear(12, 16, spec=spec)
-        self.last = EightBitLinear(16, 5)
+        self.last = QuantLinear(16, 5, spec=EIGHT_BIT)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -166,7 +165,7 @@ def test_float_file_rounds_once_behind_exact_sums(name: str, bits: int, per_chan
 
 
 def test_float_file_rounds_once_behind_a_float_input(tmp_path: Path) -> None:
-    layer, x = EightBitConv2d(3, 8, 5, padding=2, bias=False), 2 * torch.randn(4, 3, 12, 12)
+    layer, x = QuantConv2d(3, 8, 5, padding=2, spec=EIGHT_BIT), 2 * torch.randn(4, 3, 12, 12)
     weight = integer_weight(layer)
     assert weight is not None
     exact = nn.functional.conv2d(x.double(), weight.numerators * weight.unit(4), padding=2)
@@ -352,13 +351,11 @@ def test_script_writes_a_file_and_says_mistakes(tmp_path: Path, caplog: pytest.L
 @pytest.mark.parametrize("mode", ["float", "int8"])
 def test_one_weight_threshold_a_channel(name: str, mode: Any, tmp_path: Path) -> None:
     model = small(name, 4)
-    for module in model.modules():
-        if isinstance(module, QuantConv2d | QuantLinear):
-            module.spec = replace(module.spec, weight_per_channel=True)
-            assert module.weight_alpha is not None
-            if name != "pact":
-                factors = torch.rand_like(module.weight_alpha) + 0.5
-                module.weight_alpha.data.mul_(factors)
+    for _, layer in threshold_layers(model):
+        layer.spec = replace(layer.spec, weight_per_channel=True)
+        assert layer.weight_alpha is not None
+        if name != "pact":
+            layer.weight_alpha.data.mul_(torch.rand_like(layer.weight_alpha) + 0.5)
     report = export_onnx(model, tmp_path / "a.onnx", (3, 16, 16), mode, verify_with=torch.randn(8, 3, 16, 16))
     assert report.integer_convs == (4 if mode == "int8" else 0)
     assert report.error < (0.25 if mode == "int8" else 1e-4)

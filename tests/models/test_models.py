@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apot_fat.models import create_model, default_preset, find_architecture, list_models
-from apot_fat.quant import PRESETS, EightBitConv2d, EightBitLinear, QuantConv2d, quant_layers
+from apot_fat.quant import EIGHT_BIT, PRESETS, QuantConv2d, threshold_layers
 
 ALTERNATING = {2: "apot", 3: "fat", 4: "fat", 5: "apot", 32: "apot"}
 SIDES = {"vgg_small": 32, "vgg16": 32}
@@ -56,7 +56,7 @@ def test_weights_or_activations_alone(preset: str, weight_bits: int, act_bits: i
     x = torch.rand(2, 3, 16, 16)
     model(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    inner = [layer for _, layer in quant_layers(model) if isinstance(layer, QuantConv2d)]
+    inner = [layer for _, layer in threshold_layers(model) if isinstance(layer, QuantConv2d)]
     assert {layer.spec.act_bits for layer in inner} == {act_bits}
     assert {layer.spec.weight_bits for layer in inner} == {weight_bits}
     with torch.no_grad():
@@ -65,12 +65,12 @@ def test_weights_or_activations_alone(preset: str, weight_bits: int, act_bits: i
 
 def test_mobilenet_mixes_as_published() -> None:
     model = create_model("mobilenet_v2", bits=4)
-    kinds = {name: layer.spec.transform for name, layer in quant_layers(model)}
+    kinds = {name: layer.spec.transform for name, layer in threshold_layers(model)}
     assert sum(kinds.values()) == 17  # the linear bottlenecks
     assert all(name.endswith(("conv.1", "conv.2")) for name, transformed in kinds.items() if transformed)
-    plain = {layer.spec.weight_norm for _, layer in quant_layers(model) if not layer.spec.transform}
+    plain = {layer.spec.weight_norm for _, layer in threshold_layers(model) if not layer.spec.transform}
     assert plain == {"center"}
-    assert not any(layer.spec.transform for _, layer in quant_layers(create_model("mobilenetv2", bits=4)))
+    assert not any(layer.spec.transform for _, layer in threshold_layers(create_model("mobilenetv2", bits=4)))
 
 
 def test_widths_have_torchvisions_shapes() -> None:
@@ -104,9 +104,8 @@ def test_published_spellings(spelling: str, name: str, preset: str) -> None:
 
 def test_full_precision_keeps_the_published_ends() -> None:
     resnet = create_model("res20", bits=32)
-    assert isinstance(resnet.conv1, EightBitConv2d)
-    assert isinstance(resnet.fc, EightBitLinear)
-    assert not list(quant_layers(resnet))
+    assert resnet.conv1.spec == resnet.fc.spec == EIGHT_BIT  # type: ignore[union-attr]
+    assert not list(threshold_layers(resnet))
     vgg = create_model("vgg_7_bn", bits=32)
     first = vgg.get_submodule("features.conv0")
     assert type(first) is torch.nn.Conv2d

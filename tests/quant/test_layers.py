@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 from apot_fat import QuantConv2d, QuantLinear, clipping_table, preset, set_bits, show_params
-from apot_fat.quant import ALPHA_FLOOR, PRESETS, EightBitConv2d, EightBitLinear, keep_thresholds_positive, quantize
+from apot_fat.quant import ALPHA_FLOOR, EIGHT_BIT, PRESETS, eight_bit_weight, keep_thresholds_positive, quantize
 
 LAYER_BITS = (2, 3, 4, 5)
 PUBLISHED = [name for name in PRESETS if name not in ("lsq", "pact")]  # by the authors of APoT and FAT
@@ -44,18 +46,44 @@ def test_forward_and_gradients_equal_the_published_code(reference: Path, name: s
 
 
 @pytest.mark.parametrize("kind", ["first-conv", "last-fc"])
-def test_eight_bit_layers_equal_the_published_code(reference: Path, kind: str) -> None:
+def test_the_8_bit_ends_equal_the_published_code_at_any_bits_set(reference: Path, kind: str) -> None:
     arrays = np.load(reference / "reference/layers.npz")
     keys = [key for key in arrays.files if key.startswith(f"{kind}/")]
     given = {key.rsplit("/", 1)[1]: torch.from_numpy(arrays[key]) for key in keys}
-    layer = EightBitConv2d(3, 8, 3, padding=1, bias=False) if kind == "first-conv" else EightBitLinear(16, 10)
+    first, last = QuantConv2d(3, 8, 3, padding=1, spec=EIGHT_BIT), QuantLinear(16, 10, spec=EIGHT_BIT)
+    layer = first if kind == "first-conv" else last
+    assert set(layer.state_dict()) == ({"weight"} if kind == "first-conv" else {"weight", "bias"})
     layer.load_state_dict({key: given[key] for key in layer.state_dict()})
+    network = nn.ModuleList([layer, QuantLinear(4, 2)])
+    assert [row.name for row in clipping_table(set_bits(network, 3))] == ["1"]
+    assert layer.spec == EIGHT_BIT
     x = given["x"].requires_grad_()
     y = layer(x)
     y.backward(given["grad_out"])
     got = {"y": y.detach(), "grad_x": x.grad, **{f"grad_{k}": p.grad for k, p in layer.named_parameters()}}
     for key, value in got.items():
         torch.testing.assert_close(value, given[key], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("weight_bits", 4), ("act_bits", 8), ("weight_norm", "center"), ("weight_levels", "pot")]
+)
+def test_a_scale_by_the_maximum_is_for_the_8_bit_ends_alone(name: str, value: Any) -> None:
+    wanted = getattr(EIGHT_BIT, name)
+    with pytest.raises(ValueError, match=f"'max' with {name} {value!r}: choose {name} {wanted!r}, or weight_scale"):
+        replace(EIGHT_BIT, **{name: value})
+
+
+def test_a_layer_becomes_an_8_bit_end_and_another_again() -> None:
+    layer, plain = QuantConv2d(4, 6, 3, spec=preset("fat-cifar"), relu=True), nn.Conv2d(4, 6, 3, bias=False)
+    layer.spec = EIGHT_BIT
+    with torch.no_grad():
+        plain.weight.copy_(eight_bit_weight(layer.weight))
+    x = torch.randn(2, 4, 5, 5)
+    assert list(layer.state_dict()) == ["weight"]
+    torch.testing.assert_close(layer(x), plain(x.relu()), atol=0, rtol=0)
+    layer.spec = preset("apot-cifar")
+    assert set(layer.state_dict()) == {"weight", "weight_alpha", "act_alpha"}
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8, 32])

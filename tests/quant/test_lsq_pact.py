@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from apot_fat import QuantConv2d, QuantLinear, load_weights, preset
 from apot_fat.models import create_model
-from apot_fat.quant import LevelSet, initialize_thresholds, level_set, quant_layers, quantize_weight
+from apot_fat.quant import LevelSet, initialize_thresholds, level_set, quantize_weight, threshold_layers
 from apot_fat.quant.seam import set_kernels
 
 
@@ -164,6 +164,6 @@ def test_a_load_from_full_precision_starts_at_the_loaded_weight_s_step() -> None
         for parameter in full.parameters():
             parameter.mul_(5)
     load_weights(quantized, full.state_dict(), other_bits=True)
-    for _, layer in quant_layers(quantized):
+    for _, layer in threshold_layers(quantized):
         expected = 2 * layer.weight.detach().abs().mean() * math.sqrt(3)
         torch.testing.assert_close(layer.weight_alpha, expected)

@@ -21,9 +21,9 @@ from apot_fat.quant import (
     initialize_thresholds,
     keep_thresholds_positive,
     level_set,
-    quant_layers,
     quantize_weight,
     set_bits,
+    threshold_layers,
 )
 from apot_fat.quant.seam import set_kernels
 
@@ -79,7 +79,7 @@ def test_a_network_with_a_threshold_a_channel(name: str, tmp_path: Path) -> None
     initialize_thresholds(model, x, "lsq" if name == "lsq" else "mse")
     before = copy.deepcopy(model.state_dict())
     model(x).square().sum().backward()
-    for _, layer in quant_layers(model):
+    for _, layer in threshold_layers(model):
         alpha = layer.weight_alpha
         assert alpha is not None
         assert alpha.shape == (layer.weight.shape[0],)
@@ -102,7 +102,7 @@ def test_a_network_with_a_threshold_a_channel(name: str, tmp_path: Path) -> None
         packed = load_packed(tmp_path / "packed")
         torch.testing.assert_close(packed(x), expected, atol=0, rtol=0)
         plain = dequantize(model)
-        _, first = next(quant_layers(model))
+        _, first = next(threshold_layers(model))
         assert torch.equal(plain.get_submodule("layer1.0.conv1").weight, first.quantized_weight())  # type: ignore[arg-type]
     found = checkpoint_thresholds(before)
     assert list(found) == [row.name for row in clipping_table(model)]
@@ -124,7 +124,7 @@ def test_loading_one_threshold_into_many_and_not_back() -> None:
         load_weights(one, many.state_dict())
     lower = create_model("resnet20", "apot-cifar", 2, num_classes=3, weight_per_channel=True)
     load_weights(lower, many.state_dict(), other_bits=True)
-    assert next(quant_layers(lower))[1].weight_alpha.tolist() == pytest.approx([1.7] * 16)  # type: ignore[union-attr]
+    assert next(threshold_layers(lower))[1].weight_alpha.tolist() == pytest.approx([1.7] * 16)  # type: ignore[union-attr]
 
 
 def test_changing_between_one_and_many() -> None:
@@ -152,7 +152,7 @@ def test_quantize_and_pack_a_network_of_one_s_own(tmp_path: Path) -> None:
     for method in ("lsq", "pact", "apot"):
         model = build()
         quantize(model, 3, method, overrides={"*": {"weight_per_channel": True}}, calibration=x)
-        assert [layer.weight_alpha.shape for _, layer in quant_layers(model)] == [(8,), (8,), (4,)]  # type: ignore[union-attr]
+        assert [layer.weight_alpha.shape for _, layer in threshold_layers(model)] == [(8,), (8,), (4,)]  # type: ignore[union-attr]
         model(x).sum().backward()
         save_packed(model, tmp_path / method)
         with torch.no_grad():

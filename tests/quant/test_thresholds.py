@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from apot_fat.models import create_model
-from apot_fat.quant import clipping_table, fit_threshold, initialize_thresholds, quant_layers
+from apot_fat.quant import clipping_table, fit_threshold, initialize_thresholds, threshold_layers
 from apot_fat.quant.seam import set_kernels
 from apot_fat.quant.watching import watch_inputs
 
@@ -24,7 +24,7 @@ def test_thresholds_of_a_network_on_a_batch() -> None:
     for name, tensor in model.state_dict().items():
         if not name.endswith("_alpha"):
             torch.testing.assert_close(tensor, before.state_dict()[name], atol=0, rtol=0)
-    layers = dict(quant_layers(model))
+    layers = dict(threshold_layers(model))
     seen: dict[str, torch.Tensor] = {}
     last = layers["layer3.2.conv2"]
     with watch_inputs([last], lambda _, inputs: seen.update(x=inputs[0])):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from apot_fat import QuantConv2d, QuantLinear, load_packed, preset, save_packed
 from apot_fat.models import create_model
-from apot_fat.quant import PRESETS, EightBitConv2d, seam, set_kernels
+from apot_fat.quant import EIGHT_BIT, PRESETS, seam, set_kernels
 from apot_fat.training.compile import compile_network
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +73,7 @@ def plain_work(path: str) -> None:
     torch.save((layer_results(), network_results(folder)), folder / "plain")
     with pytest.raises(ValueError, match="kernels 'compiled': choose one of auto, eager"):
         set_kernels("compiled")
-    model = nn.Sequential(EightBitConv2d(4, 4, 3), QuantConv2d(4, 6, 3, spec=preset("apot-cifar", bits=3)))
+    model = nn.Sequential(QuantConv2d(4, 4, 3, spec=EIGHT_BIT), QuantConv2d(4, 6, 3, spec=preset("apot-cifar", bits=3)))
     compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), torch.rand(2, 4, 8, 8)
     torch.testing.assert_close(compiled(x), model(x))
     compiled(x).sum().backward()

@@ -14,7 +14,7 @@ from torch import nn
 from apot_fat import clipping_table, weight_deactivate_freq
 from apot_fat.checkpoint import read_checkpoint
 from apot_fat.quant import QuantConv2d, QuantLinear, preset
-from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.measure import MOST_IMAGES, measure_input, measure_weight
 from apot_fat.quant.normalization import normalize_weight
 from apot_fat.report import cost_report
@@ -96,8 +96,8 @@ def test_weights_by_direct_counting(demo: Demo, run: int) -> None:
     layers = {row["name"]: row for row in rows(demo.report, "layers", run)}
     levels = rows(demo.report, "levels", run)
     bins = rows(demo.report, "bins", run)
-    assert len(list(quant_layers(model))) == 20
-    for clipping, (name, layer) in zip(clipping_table(model), quant_layers(model), strict=True):
+    assert len(list(threshold_layers(model))) == 20
+    for clipping, (name, layer) in zip(clipping_table(model), threshold_layers(model), strict=True):
         row = layers[name]
         for field in ("weight_alpha", "act_alpha"):
             assert row[field] == pytest.approx(getattr(clipping, field), rel=1e-5)

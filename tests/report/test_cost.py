@@ -12,7 +12,7 @@ from torch import nn
 
 from apot_fat import load_weights
 from apot_fat.models import create_model
-from apot_fat.quant import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear, preset
+from apot_fat.quant import EIGHT_BIT, QuantConv2d, QuantLinear, preset
 from apot_fat.report import cost_report
 
 
@@ -48,12 +48,12 @@ def test_packing_rounds_up_to_the_byte() -> None:
 
 def test_float_layers_and_halves() -> None:
     model = nn.Sequential(
-        EightBitConv2d(3, 4, 3, padding=1),
+        QuantConv2d(3, 4, 3, padding=1, bias=True, spec=EIGHT_BIT),
         nn.BatchNorm2d(4),
         nn.Conv2d(4, 4, 3, groups=2, bias=False),
         QuantConv2d(4, 2, 1, spec=preset("apot-cifar", bits=4, act_bits=32)),
         nn.Flatten(),
-        EightBitLinear(8, 5),
+        QuantLinear(8, 5, spec=EIGHT_BIT),
     )
     nn.init.constant_(model.get_parameter("5.weight"), -1)
     first, grouped, half, last, others = (report := cost_report(model, (3, 4, 4))).rows

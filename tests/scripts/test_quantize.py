@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from apot_fat import load_packed
-from apot_fat.quant import quant_layers
+from apot_fat.quant import threshold_layers
 from apot_fat.training.folder import BEST
 from tests.scripts.conftest import Run
 
@@ -35,7 +35,7 @@ def test_a_checkpoint_becomes_a_packed_file_that_gives_the_accuracy_said(
     assert f"{Path('small.safetensors').stat().st_size:,} bytes" in out
     assert re.search(r"^layer1\.0\.conv1 +Conv2d ", out, re.MULTILINE)
     assert ("reconstructed on 40 images" if QUICK[0] in how else "calibrated on 40 images") in out
-    layers = dict(quant_layers(load_packed("small.safetensors")))
+    layers = dict(threshold_layers(load_packed("small.safetensors")))
     bits = {layer.spec.weight_bits for layer in layers.values()}
     if "--average" in how:
         assert len(bits) > 1
@@ -52,6 +52,6 @@ def test_it_is_the_same_file_for_the_same_seed_and_another_for_another(run: Run,
     for seed in (0, 0, 1):
         init = ("--init", f"result/res20_32bit/{BEST}", "--images", 20, "--seed", seed, "--output", "q.safetensors")
         assert run("quantize.py", *init, *QUICK)[0] == 0
-        shown.append([layer.quantized_weight() for _, layer in quant_layers(load_packed("q.safetensors"))])
+        shown.append([layer.quantized_weight() for _, layer in threshold_layers(load_packed("q.safetensors"))])
     assert all((a == b).all() for a, b in zip(shown[0], shown[1], strict=True))
     assert not all((a == b).all() for a, b in zip(shown[0], shown[2], strict=True))

@@ -18,7 +18,7 @@ from apot_fat.data import NAMED
 from apot_fat.export import WRITERS
 from apot_fat.models import create_model
 from apot_fat.models.registry import _REGISTRY
-from apot_fat.quant import quant_layers
+from apot_fat.quant import threshold_layers
 from apot_fat.quant.levels import LEVEL_FAMILIES, level_set
 from apot_fat.quant.spec import PRESETS
 
@@ -129,7 +129,7 @@ def test_the_scripts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     net = create_model("resnet20", bits=32)
     for block in own:
         exec(block, {"__name__": "readme", "net": net, "images": torch.rand(16, 3, 8, 8)})
-    assert {layer.spec.weight_bits for _, layer in quant_layers(net)} == {3}
+    assert {layer.spec.weight_bits for _, layer in threshold_layers(net)} == {3}
     found = re.search(r"^(\d+\.\d)% of 397 test digits$", capsys.readouterr().out, re.MULTILINE)
     assert found
     assert float(found[1]) > 50

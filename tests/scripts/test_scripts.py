@@ -14,7 +14,7 @@ import torch
 from apot_fat import clipping_table, save_packed
 from apot_fat.checkpoint import load_packed, read_checkpoint, write_checkpoint
 from apot_fat.models import create_model
-from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.seam import get_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ def test_published_chain_of_commands(run: Run, data: tuple[object, ...], tmp_pat
 def test_thresholds_as_table_csv_and_json(run: Run, tmp_path: Path) -> None:
     model = create_model("resnet20", bits=3)
     with torch.no_grad():
-        for i, (_, layer) in enumerate(quant_layers(model)):
+        for i, (_, layer) in enumerate(threshold_layers(model)):
             assert layer.act_alpha is not None
             layer.act_alpha.fill_(1.0 + i)
     write_checkpoint({"state_dict": model.state_dict()}, tmp_path / "net.pth")

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from apot_fat import load_weights, quantize
 from apot_fat.checkpoint import write_checkpoint
 from apot_fat.models import create_model
-from apot_fat.quant import quant_layers
+from apot_fat.quant import threshold_layers
 from apot_fat.training import TrainConfig
 from apot_fat.training.distributed import Processes, launched, process_group, sum_over_processes, synchronize_batch_norm
 from apot_fat.training.optim import parameter_groups
@@ -110,7 +110,7 @@ def train_sharded(name: str, processes: Processes, checkpoint: Path) -> dict[str
 def start_apart(model: nn.Module, processes: Processes) -> nn.Module:
     """Give each process thresholds of its own."""
     with torch.no_grad():
-        for _, layer in quant_layers(model):
+        for _, layer in threshold_layers(model):
             assert layer.act_alpha is not None
             layer.act_alpha.mul_(1 + processes.rank)
     return model

@@ -10,7 +10,7 @@ import torch
 
 from apot_fat.checkpoint import read_checkpoint, write_checkpoint
 from apot_fat.models import create_model
-from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.thresholds import initialize_thresholds
 from apot_fat.training import TrainConfig, evaluate, train
 from apot_fat.training.averaging import WeightAverage
@@ -44,7 +44,7 @@ def thresholds(state: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def test_thresholds_are_fitted_on_the_first_batch_of_a_fresh_run(make: Any, tmp_path: Path) -> None:
     model = create_model("resnet20", bits=4, num_classes=3)
-    for _, layer in quant_layers(model):
+    for _, layer in threshold_layers(model):
         layer.weight_alpha.data.fill_(7.0)  # type: ignore[union-attr]
     source = tmp_path / "source.pth"
     write_checkpoint({"state_dict": model.state_dict()}, source)

@@ -168,7 +168,7 @@ def allocate_bits(
         signed=signed,
         calibration=few,
     )
-    names = [name for name, planned in plan.plans.items() if planned.spec is not None]
+    names = [name for name, planned in plan.plans.items() if planned.spec.weight_scale == "threshold"]
     macs = _multiplications(model, plan, names)
     rows = []
     with tqdm(total=len(names) * len(bits), desc="bits of layers", unit="pass", leave=False, disable=None) as progress:
@@ -224,7 +224,6 @@ def _loss(model: nn.Module, plan: NetworkPlan, name: str, bits: int) -> float:
     assert plan.passes is not None
     assert plan.batches is not None
     planned = plan.plans[name]
-    assert planned.spec is not None
     alone = replace(plan, plans={name: replace(planned, spec=planned.spec.with_bits(bits))})
     with unchanged(model):
         convert_planned(alone, name)

@@ -8,26 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apot_fat.quant.layers import AnyQuantized, EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear
 from apot_fat.quant.spec import QuantSpec
 
 
-def convert_layer(module: nn.Module, spec: QuantSpec | None) -> None:
+def convert_layer(module: nn.Module, spec: QuantSpec) -> AnyQuantized:
     """Turn one layer into a quantized one, in place: the same module and parameters, another class.
 
     Args:
         module: a ``Conv2d`` or ``Linear``, or a quantized layer already.
-        spec: what it is to do; None for an 8-bit weight and a float input (``EightBitConv2d``).
+        spec: what it is to do.
+
+    Returns:
+        The layer.
     """
-    is_conv = isinstance(module, nn.Conv2d)
-    if spec is None:
-        module.__class__ = EightBitConv2d if is_conv else EightBitLinear
-    elif isinstance(module, QuantConv2d | QuantLinear):
+    if isinstance(module, AnyQuantized):
         module.spec = spec
-    else:
-        module.__class__ = QuantConv2d if is_conv else QuantLinear
-        assert isinstance(module, QuantConv2d | QuantLinear)
-        module.add_quantizers(spec, relu=False)
+        return module
+    module.__class__ = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
+    assert isinstance(module, AnyQuantized)
+    module.add_quantizers(spec, relu=False)
+    return module
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -42,8 +43,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, AnyQuantized):
-            takes_relu = getattr(module, "relu", False)
-            plain = (_ReluConv2d, _ReluLinear) if takes_relu else (nn.Conv2d, nn.Linear)
+            plain = (_ReluConv2d, _ReluLinear) if module.relu else (nn.Conv2d, nn.Linear)
             fold_weight(module, plain[0] if isinstance(module, nn.Conv2d) else plain[1])
     return model
 
@@ -52,7 +52,7 @@ def fold_weight(module: nn.Module, plain: type[nn.Module]) -> None:
     """Turn one quantized layer into a plain one with the quantized weight as its weight, in place.
 
     Args:
-        module: a ``QuantConv2d``, ``QuantLinear``, ``EightBitConv2d`` or ``EightBitLinear``.
+        module: a ``QuantConv2d`` or ``QuantLinear``.
         plain: ``nn.Conv2d``, ``nn.Linear``, or a class derived from it; the module's class from now on.
     """
     assert isinstance(module, AnyQuantized)

@@ -27,7 +27,7 @@ from apot_fat.quant.convert.layer import convert_layer
 from apot_fat.quant.convert.norms import move_batch_norms
 from apot_fat.quant.convert.plan import NetworkPlan, base_spec, plan_network
 from apot_fat.quant.convert.reconstruction import Reconstruction, tune_blocks
-from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.quant.thresholds import fit_threshold, fit_weight_threshold
 
@@ -114,13 +114,12 @@ def quantize(
 
 def convert_planned(plan: NetworkPlan, name: str) -> None:
     """Make of one layer what is planned, and fit its thresholds, in place."""
-    layer, planned, seen = plan.layers[name], plan.plans[name], plan.seen(name)
-    convert_layer(layer, planned.spec)
-    if isinstance(layer, QuantConv2d | QuantLinear):
-        if layer.act_alpha is not None and seen is not None:
-            layer.act_alpha.fill_(fit_threshold(seen.values, layer.spec.act_set, signed=layer.spec.act_signed))
-        fit_weight_threshold(layer)
-        layer.fixed_bits = layer.fixed_bits or planned.has_own_bits
+    planned, seen = plan.plans[name], plan.seen(name)
+    layer = convert_layer(plan.layers[name], planned.spec)
+    if layer.act_alpha is not None and seen is not None:
+        layer.act_alpha.fill_(fit_threshold(seen.values, layer.spec.act_set, signed=layer.spec.act_signed))
+    fit_weight_threshold(layer)
+    layer.fixed_bits = layer.fixed_bits or planned.has_own_bits
 
 
 def _rows(plan: NetworkPlan, errors: Mapping[str, float]) -> Iterator[ConvertedLayer]:
@@ -129,11 +128,10 @@ def _rows(plan: NetworkPlan, errors: Mapping[str, float]) -> Iterator[ConvertedL
             yield ConvertedLayer(name, type(module).__name__, "float", "float", None, plan.left[name])
             continue
         kind = "Conv2d" if isinstance(module, nn.Conv2d) else "Linear"
-        spec, weight, taken = plan.plans[name].spec, "8 bits", "float"
-        if spec is not None:
-            weight = "float" if spec.weight_bits == FLOAT_BITS else f"{spec.weight_levels}/{spec.weight_bits}"
-            weight += ", fat" if spec.transform else ""
-            taken = "float" if spec.act_bits == FLOAT_BITS else f"{spec.act_levels}/{spec.act_bits}"
+        spec = plan.plans[name].spec
+        weight = "float" if spec.weight_bits == FLOAT_BITS else f"{spec.weight_levels}/{spec.weight_bits}"
+        weight = "8 bits" if spec.weight_scale == "max" else f"{weight}, fat" if spec.transform else weight
+        taken = "float" if spec.act_bits == FLOAT_BITS else f"{spec.act_levels}/{spec.act_bits}"
         yield ConvertedLayer(name, kind, weight, taken, errors.get(name), plan.plans[name].note)
 
 
@@ -169,13 +167,9 @@ def unchanged(
 
 def _leave_fast_paths(model: nn.Module) -> None:
     # PyTorch's encoder layer has a path for evaluation that reads the weights of its linear layers and calls none
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(map(_is_ours, module.modules())):
-            module.activation_relu_or_gelu = 0
-
-
-def _is_ours(module: nn.Module) -> bool:
-    return isinstance(module, AnyQuantized)
+    for encoder in (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)):
+        if any(isinstance(part, AnyQuantized) for part in encoder.modules()):
+            encoder.activation_relu_or_gelu = 0
 
 
 def _errors(

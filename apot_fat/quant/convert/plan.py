@@ -11,8 +11,8 @@ from torch import nn
 
 from apot_fat.quant.convert.batches import Calibration, read_batches
 from apot_fat.quant.convert.calibration import Passes, Seen, first_and_last, watch_layers
-from apot_fat.quant.layers import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear
-from apot_fat.quant.spec import FLOAT_BITS, PRESETS, QuantSpec, check_bits, nearest, preset
+from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear
+from apot_fat.quant.spec import EIGHT_BIT, FLOAT_BITS, PRESETS, QuantSpec, check_bits, nearest, preset
 
 _AS_IT_IS = {"weight_norm": "none", "weight_norm_gradient": False, "weight_per_channel": True, "act_clip": "both"}
 METHODS: dict[str, dict[str, Any]] = {
@@ -34,12 +34,12 @@ class LayerPlan:
     """What a layer becomes.
 
     Args:
-        spec: None is an 8-bit weight and a float input.
+        spec: what it is to do.
         note: why.
         has_own_bits: whether its bits were given for it by name.
     """
 
-    spec: QuantSpec | None
+    spec: QuantSpec
     note: str
     has_own_bits: bool = False
 
@@ -102,7 +102,7 @@ def plan_network(
         elif edge_bits == FLOAT_BITS:
             left[name] = edges[name]
         else:
-            plans[name] = LayerPlan(None, edges[name])
+            plans[name] = LayerPlan(EIGHT_BIT, edges[name])
     return NetworkPlan(layers, plans, left, batches, passes)
 
 
@@ -144,9 +144,7 @@ def _left_float(model: nn.Module, layers: Mapping[str, nn.Module], seen: Mapping
 
 def _is_quantized(module: nn.Module) -> bool:
     # our own 32-bit networks hold layers that could be, and 8-bit ends
-    return isinstance(module, QuantConv2d | QuantLinear) and not (
-        module.spec.weight_bits == module.spec.act_bits == FLOAT_BITS
-    )
+    return isinstance(module, AnyQuantized) and (module.weight_alpha is not None or module.act_alpha is not None)
 
 
 def _edges(
@@ -175,7 +173,7 @@ def _matching(patterns: Sequence[str], layers: Mapping[str, nn.Module], label: s
 
 def _why_not(name: str, module: nn.Module, model: nn.Module) -> str:
     """Why a layer cannot be converted; empty if it can."""
-    if type(module) not in (nn.Conv2d, nn.Linear, QuantConv2d, QuantLinear, EightBitConv2d, EightBitLinear):
+    if type(module) not in (nn.Conv2d, nn.Linear, QuantConv2d, QuantLinear):
         base = "Conv2d" if isinstance(module, nn.Conv2d) else "Linear"
         return f"a subclass of {base} with a meaning of its own"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):

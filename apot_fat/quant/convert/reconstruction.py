@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from apot_fat.quant.all_layers import keep_thresholds_positive
+from apot_fat.quant.all_layers import keep_thresholds_positive, threshold_layers
 from apot_fat.quant.convert.batches import Calibration, floating, read_batches, run_batch, split_batches
 from apot_fat.quant.convert.blocks import Block, Inputs, cloned, find_blocks
 from apot_fat.quant.convert.norms import BatchNorm, align_batch_norms, estimate_batch_norms
-from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.watching import evaluation_mode, watch_outputs
 
 _NORMS = (BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -167,7 +167,8 @@ class _Tuner:
     def tune(self, blocks: list[Block]) -> None:
         """Each block alone, then all together."""
         options = self.options
-        low = [block for block in blocks if any(isinstance(m, QuantConv2d | QuantLinear) for m in self._within(block))]
+        with_thresholds = {layer for _, layer in threshold_layers(self.model)}
+        low = [block for block in blocks if not with_thresholds.isdisjoint(self._within(block))]
         self.bar.total = len(low) * options.steps + len(blocks) * options.joint_steps
         if options.steps:
             for place, block in enumerate(low):
@@ -296,7 +297,7 @@ def _tuned(module: nn.Module) -> list[nn.Parameter]:
     if not isinstance(module, get_args(AnyQuantized) + _NORMS):
         return []
     own = dict(module.named_parameters(recurse=False))
-    if isinstance(module, QuantConv2d | QuantLinear) and not module.spec.weight_alpha_learned:
+    if isinstance(module, AnyQuantized) and not module.spec.weight_alpha_learned:
         own.pop("weight_alpha", None)
     return list(own.values())
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from apot_fat.quant.fast.byte_product import ByteWeight, multiplies_bytes, pack_weight
 from apot_fat.quant.fast.remade import conv_settings
-from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized, QuantConv2d
 from apot_fat.quant.seam import MemoryLayer, get_kernels
 
 T = TypeVar("T")
@@ -49,8 +49,7 @@ _graphs_may_read = False  # torch.compile guards it: a graph cannot check whethe
 
 
 def _weight_sources(layer: Any) -> tuple[Tensor, ...]:
-    parameters = layer.weight, getattr(layer, "weight_alpha", None), getattr(layer, "transform", None)
-    return tuple(parameter for parameter in parameters if parameter is not None)
+    return tuple(p for p in (layer.weight, layer.weight_alpha, layer.transform) if p is not None)
 
 
 def kept_weight(layer: MemoryLayer, compute: Callable[[], Tensor]) -> Tensor:
@@ -91,7 +90,7 @@ def forget(layer: MemoryLayer) -> None:
         kept.weight = kept.byte_weight = kept.copied = None
 
 
-def byte_weight(layer: QuantConv2d | QuantLinear) -> ByteWeight | None:
+def byte_weight(layer: AnyQuantized) -> ByteWeight | None:
     """The weight that a layer multiplies bytes with, kept; None where it multiplies floats."""
     if layer.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
@@ -128,8 +127,7 @@ def kept_weights(model: nn.Module) -> Iterator[None]:
         yield
         return
     for layer in model.modules():
-        multiplies_bytes = isinstance(layer, QuantConv2d | QuantLinear) and byte_weight(layer) is not None
-        if isinstance(layer, AnyQuantized) and not multiplies_bytes:
+        if isinstance(layer, AnyQuantized) and byte_weight(layer) is None:
             _keep_for_graphs(layer)
     _graphs_may_read = True
     try:
@@ -138,7 +136,7 @@ def kept_weights(model: nn.Module) -> Iterator[None]:
         _graphs_may_read = False
 
 
-def _keep_for_graphs(layer: MemoryLayer) -> None:
+def _keep_for_graphs(layer: AnyQuantized) -> None:
     weight, kept = layer.quantized_weight(), layer._kept
     if kept is None:
         return

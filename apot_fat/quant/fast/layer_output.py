@@ -18,9 +18,11 @@ REMEMBER_ELEMENTS = 1 << 18
 def layer_output(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor | None:
     """``layer(x)``, or None where the plain forward does as well.
 
-    So it does for a float or signed input, one so small that keeping its quantized copy for backward costs less than
-    making it again, or under a compiler that decides itself.
+    So it does for ``EIGHT_BIT``, a float or signed input, one so small that keeping its quantized copy for backward
+    costs less than making it again, or under a compiler that decides itself.
     """
+    if layer.spec.weight_scale == "max":
+        return None
     conv = None
     features = layer.count_features(x)  # the layer's, read or not
     skips = False

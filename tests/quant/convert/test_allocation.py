@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from apot_fat import allocate_bits, quantize
 from apot_fat.models import create_model
-from apot_fat.quant import quant_layers
+from apot_fat.quant import threshold_layers
 from apot_fat.quant.convert.allocation import Allocation
 from tests.quant.convert.conftest import Released
 
@@ -42,9 +42,10 @@ def test_the_bits_are_what_quantize_takes_and_the_network_stays() -> None:
     assert given.average <= 3.0
     assert len({row.bits for row in given.rows}) > 1
     quantize(model, overrides=given, calibration=images())
-    assert {name: layer.spec.weight_bits for name, layer in quant_layers(model)} == {r.name: r.bits for r in given.rows}
-    assert all(layer.spec.act_bits == layer.spec.weight_bits for _, layer in quant_layers(model))
-    sizes = {name: layer.weight.numel() for name, layer in quant_layers(model)}
+    bits = {name: layer.spec.weight_bits for name, layer in threshold_layers(model)}
+    assert bits == {row.name: row.bits for row in given.rows}
+    assert all(layer.spec.act_bits == layer.spec.weight_bits for _, layer in threshold_layers(model))
+    sizes = {name: layer.weight.numel() for name, layer in threshold_layers(model)}
     assert given.average == sum(r.bits * sizes[r.name] for r in given.rows) / sum(sizes.values())
     assert all(row.name in str(given) for row in given.rows)
     assert f"{given.bytes:,} bytes" in str(given)

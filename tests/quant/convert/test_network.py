@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apot_fat import QuantConv2d, QuantLinear, dequantize, quantize, set_bits
+from apot_fat import QuantConv2d, QuantLinear, dequantize, preset, quantize, set_bits
 from apot_fat.models import create_model
-from apot_fat.quant import EightBitConv2d, EightBitLinear, fit_threshold, level_set, quant_layers, quantize_activation
+from apot_fat.quant import EIGHT_BIT, fit_threshold, level_set, quantize_activation, threshold_layers
 from apot_fat.quant.watching import watch_inputs
 from tests.quant.convert.conftest import Released
 
@@ -53,8 +53,7 @@ def test_a_network_never_seen_before(method: str) -> None:
     assert model.training
     assert model.shared is model.blocks[0][0]  # type: ignore[index]
     assert isinstance(model.shared, QuantConv2d)
-    assert isinstance(model.stem, EightBitConv2d)
-    assert isinstance(model.head, EightBitLinear)
+    assert model.stem.spec == model.head.spec == EIGHT_BIT
     assert model.shared.weight is before["shared.weight"]  # what an optimiser or a user held stays the parameter
     notes = {row.name: row.note for row in done.rows}
     assert set(done.converted) == {"stem", "shared", "blocks.1.1", "head"}
@@ -78,7 +77,7 @@ def test_signed_inputs_are_found_and_never_clipped_to_zero() -> None:
     )
     x = torch.randn(32, 4)
     quantize(model, 4, calibration=x, edge_bits=32)
-    signed = {name: layer.spec.act_signed for name, layer in quant_layers(model)}
+    signed = {name: layer.spec.act_signed for name, layer in threshold_layers(model)}
     assert signed == {"2": False, "4": True, "5": True}
     layer = model[5]
     assert isinstance(layer, QuantLinear)
@@ -88,7 +87,7 @@ def test_signed_inputs_are_found_and_never_clipped_to_zero() -> None:
     for kwargs, expected in (({}, True), ({"signed": False}, False), ({"signed": True}, True)):
         fresh = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
         note = quantize(fresh, 3, **kwargs).rows[1].note  # type: ignore[arg-type]
-        assert next(quant_layers(fresh))[1].spec.act_signed is expected
+        assert next(threshold_layers(fresh))[1].spec.act_signed is expected
         assert "no calibration batch" in note or "by hand" in note
 
 
@@ -210,7 +209,7 @@ def test_calibration_comes_as_people_have_it() -> None:
     for calibration in (x, [x], loader, [(part, labels) for part in x.split(16)], iter(x.split(16))):
         network = copy.deepcopy(model)
         done = quantize(network, 8, calibration=calibration)
-        thresholds.append(dict(quant_layers(network))["3"].act_alpha.item())  # type: ignore[union-attr]
+        thresholds.append(dict(threshold_layers(network))["3"].act_alpha.item())  # type: ignore[union-attr]
         assert done.error is not None
         assert done.error < 0.05
     assert thresholds == pytest.approx([thresholds[0]] * 5, rel=0.05)
@@ -271,11 +270,21 @@ def test_our_own_networks_go_through_as_they_are(arch: str) -> None:
     x = torch.randn(16, 3, 16, 16)
     expected = model(x)
     done = quantize(model, 8, "apot", calibration=x)
-    assert type(model.conv1) is EightBitConv2d
+    assert model.conv1.spec == EIGHT_BIT  # type: ignore[union-attr]
     assert len(done.converted) == 22
-    signed = {layer.spec.act_signed for _, layer in quant_layers(model)}
+    signed = {layer.spec.act_signed for _, layer in threshold_layers(model)}
     assert signed == {False}
     assert (model(x) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_an_8_bit_end_takes_the_relu_that_the_layer_took() -> None:
+    spec = preset("apot-cifar", 32)
+    model = nn.Sequential(QuantConv2d(3, 4, 3, spec=spec, relu=True), nn.ReLU(), QuantConv2d(4, 4, 3, spec=spec)).eval()
+    x = torch.randn(4, 3, 12, 12)
+    expected = model(x)
+    quantize(model, 8, calibration=x)
+    assert [layer.spec for layer in (model[0], model[2])] == [EIGHT_BIT, EIGHT_BIT]
+    assert (model(x) - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.slow
@@ -312,7 +321,7 @@ def test_overrides_exclusions_and_set_bits() -> None:
         "5.0": ("8 bits", "float"),
     }
     set_bits(model, 2)
-    assert [layer.spec.weight_bits for _, layer in quant_layers(model)] == [5, 8, 8, 2]
+    assert [layer.spec.weight_bits for _, layer in threshold_layers(model)] == [5, 8, 8, 2]
     assert model(torch.rand(1, 2, 3, 3)).isfinite().all()
 
 
@@ -333,10 +342,10 @@ def test_dequantize_folds_the_quantized_weights() -> None:
     model = create_model("resnet20", "fat-cifar", 3, num_classes=4).eval()
     before = copy.deepcopy(model.state_dict())
     plain = dequantize(model)
-    assert not list(quant_layers(plain))
+    assert not list(threshold_layers(plain))
     assert not any(name.endswith(("alpha", "transform")) for name in plain.state_dict())
     torch.testing.assert_close(dict(model.state_dict()), dict(before), atol=0, rtol=0)
-    quantized = dict(quant_layers(model))["layer1.0.conv2"]
+    quantized = dict(threshold_layers(model))["layer1.0.conv2"]
     folded = plain.get_submodule("layer1.0.conv2")
     assert isinstance(folded, nn.Conv2d)
     torch.testing.assert_close(folded.weight, quantized.quantized_weight(), atol=0, rtol=0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from apot_fat import QuantConv2d, QuantLinear, preset
 from apot_fat.export import integer_network
 from apot_fat.models import create_model
-from apot_fat.quant.all_layers import quant_layers
+from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.fast.byte_product import largest_product
 from apot_fat.quant.fast.kept import kept_weights
 from apot_fat.quant.seam import set_kernels
@@ -131,7 +131,7 @@ def test_one_threshold_a_channel() -> None:
 
 def test_images_one_by_one_are_the_batch_to_the_bit() -> None:
     model = create_model("resnet20", preset="apot-cifar", bits=4).eval()
-    layers = [layer for _, layer in quant_layers(model)]
+    layers = [layer for _, layer in threshold_layers(model)]
     x = torch.randn(6, 16, 32, 32)
     together = layers[0](x)
     assert torch.equal(together, torch.cat([layers[0](image[None]) for image in x]))
@@ -147,7 +147,7 @@ def test_a_network_is_its_integer_inference() -> None:
     model = create_model("resnet20", preset="fat-cifar", bits=3).eval()
     x = torch.randn(4, 3, 32, 32)
     y = model(x)
-    assert all(uses_bytes(layer) for _, layer in quant_layers(model))
+    assert all(uses_bytes(layer) for _, layer in threshold_layers(model))
     torch.testing.assert_close(integer_network(model)(x).float(), y, atol=1e-4, rtol=1e-4)
 
 
@@ -248,7 +248,7 @@ def test_floats_are_multiplied_where_they_must_be(why: str) -> None:
 
 def test_a_compiled_network_multiplies_bytes_too() -> None:
     model = create_model("resnet20", preset="apot-cifar", bits=4).eval()
-    layer = quant_layers(model).__next__()[1]
+    layer = threshold_layers(model).__next__()[1]
     graph = torch.compile(layer, fullgraph=True)
     x = torch.rand(2, 16, 8, 8)
     for factor in (1.0, 0.5):

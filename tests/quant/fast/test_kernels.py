@@ -15,9 +15,9 @@ from torch import nn
 from apot_fat import QuantConv2d, QuantLinear, preset
 from apot_fat.models import create_model, list_models
 from apot_fat.models.registry import find_architecture
-from apot_fat.quant import EightBitConv2d, level_set, quantize_activation, quantize_weight
-from apot_fat.quant.fast.kernels import inductor_options
+from apot_fat.quant import EIGHT_BIT, level_set, quantize_activation, quantize_weight
 from apot_fat.quant.fast.kept import kept_weights
+from apot_fat.quant.fast.kernels import inductor_options
 from apot_fat.quant.seam import set_kernels
 from apot_fat.quant.spec import PRESETS
 
@@ -206,7 +206,7 @@ def test_a_weight_is_quantized_once_in_evaluation() -> None:
         assert not torch.equal(layer.eval().quantized_weight(), kept)
         layer.train()
         assert layer.quantized_weight() is not layer.quantized_weight()
-        eight = EightBitConv2d(3, 4, 1).eval()
+        eight = QuantConv2d(3, 4, 1, spec=EIGHT_BIT).eval()
         assert eight.quantized_weight() is eight.quantized_weight()
 
 
