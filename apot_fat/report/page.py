@@ -15,7 +15,8 @@ from typing import Any
 import jinja2
 
 from apot_fat.optional import needed_for
-from apot_fat.report.charts import DARK, LIGHT, make_charts
+from apot_fat.report.charts import make_charts
+from apot_fat.report.charts.parts import DARK, LIGHT
 from apot_fat.report.contents import Report
 
 _COST_COLUMNS = (

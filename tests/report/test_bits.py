@@ -14,7 +14,8 @@ from apot_fat import quantize
 from apot_fat.checkpoint import save_packed
 from apot_fat.models import create_model
 from apot_fat.report.bits import network_bits, network_method
-from apot_fat.report.charts import Chart, figures, make_charts, rows_of, write_figures
+from apot_fat.report.charts import figures, make_charts, rows_of, write_figures
+from apot_fat.report.charts.parts import Chart
 from apot_fat.report.contents import Report, build_report
 from apot_fat.report.page import page
 from apot_fat.report.subject import load_subjects

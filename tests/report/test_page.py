@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from apot_fat.models import create_model
-from apot_fat.report.charts import DARK, LIGHT, figures, make_charts, write_figures
+from apot_fat.report.charts import figures, make_charts, write_figures
+from apot_fat.report.charts.parts import DARK, LIGHT
 from apot_fat.report.contents import Report, build_report
 from apot_fat.report.page import page
 from apot_fat.report.subject import Subject
