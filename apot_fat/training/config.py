@@ -128,7 +128,7 @@ class TrainConfig:
     amp: str = _option("off", "mixed precision; auto: bf16 on GPUs that multiply it fast", choices=AMP_TYPES)
     compile: str = _option(
         "auto",
-        "what is compiled; auto: on CUDA the network, on a CPU quantizers of large tensors",
+        "what is compiled; auto: on CUDA the network if a run has 3,000 batches, on a CPU quantizers of large tensors",
         choices=COMPILE_MODES,
     )
     numerics: str = _option(

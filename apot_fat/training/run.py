@@ -165,7 +165,13 @@ class _Epochs:
         self.config, self.processes, self.device = config, processes, device
         self.sets, self.state, self.objective = sets, state, objective
         # gradients of several batches are added up in memory that a CUDA graph would write to again
-        compiled = partial(compile_network, mode=config.compile, device=device, cuda_graphs=config.accumulate == 1)
+        compiled = partial(
+            compile_network,
+            mode=config.compile,
+            device=device,
+            cuda_graphs=config.accumulate == 1,
+            batches=config.epochs * sets.train.num_batches,
+        )
         network = compiled(state.model)
         self.tested = compiled(state.tested) if state.average else network
         self.trained = wrap(network, processes, device)  # every process takes the first one's parameters

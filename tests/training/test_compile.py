@@ -78,6 +78,10 @@ def test_on_cuda_auto_is_the_whole_network_replayed_where_gradients_are_not_adde
         assert type(compiled).__name__ == "_CompiledNetwork"
         expected = inductor_options("cuda") | ({"triton.cudagraphs": True} if cuda_graphs else {})
         assert compilations.pop() == expected
+    short = compile_network(network(), "auto", GPU, batches=training_compile.AUTO_BATCHES - 1)
+    assert isinstance(short, nn.Sequential)
+    assert not isinstance(compile_network(network(), "auto", GPU, batches=training_compile.AUTO_BATCHES), nn.Sequential)
+    assert not isinstance(compile_network(network(), "model", GPU, batches=1), nn.Sequential)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(seam.speed, "compiler_works", lambda device_type: False)
         assert isinstance(compile_network(network(), "auto", GPU), nn.Sequential)
