@@ -202,7 +202,7 @@ class _QuantLayer(seam.MemoryLayer):
         spec, plain = self.spec, super().extra_repr() + (", relu" if self.relu else "")
         if spec.weight_bits == spec.act_bits == FLOAT_BITS:
             return f"{plain}, float"
-        fat = ", fat" if spec.transform else ""
+        fat = ", fat" if self.transform is not None else ""
         return f"{plain}, weight={spec.weight_levels}/{spec.weight_bits}, input={spec.act_levels}/{spec.act_bits}{fat}"
 
 

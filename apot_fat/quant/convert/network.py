@@ -129,8 +129,11 @@ def _rows(plan: NetworkPlan, errors: Mapping[str, float]) -> Iterator[ConvertedL
             continue
         kind = "Conv2d" if isinstance(module, nn.Conv2d) else "Linear"
         spec = plan.plans[name].spec
-        weight = "float" if spec.weight_bits == FLOAT_BITS else f"{spec.weight_levels}/{spec.weight_bits}"
-        weight = "8 bits" if spec.weight_scale == "max" else f"{weight}, fat" if spec.transform else weight
+        weight = f"{spec.weight_levels}/{spec.weight_bits}" + (", fat" if spec.transform else "")
+        if spec.weight_bits == FLOAT_BITS:
+            weight = "float"
+        elif spec.weight_scale == "max":
+            weight = "8 bits"
         taken = "float" if spec.act_bits == FLOAT_BITS else f"{spec.act_levels}/{spec.act_bits}"
         yield ConvertedLayer(name, kind, weight, taken, errors.get(name), plan.plans[name].note)
 

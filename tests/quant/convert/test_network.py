@@ -325,6 +325,13 @@ def test_overrides_exclusions_and_set_bits() -> None:
     assert model(torch.rand(1, 2, 3, 3)).isfinite().all()
 
 
+def test_a_float_side_is_called_float() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3))
+    (row,) = [row for row in quantize(model, 4, "fat", weight_bits=32).rows if row.name == "1"]
+    assert (row.weight, row.input) == ("float", "uniform/4")
+    assert "fat" not in repr(model[1])
+
+
 def test_thresholds_of_least_squared_error() -> None:
     levels = level_set("apot", 4)
     values = torch.randn(5000).abs()
