@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from apot_fat.quant.fake_quant import activation_gradients, project_input
-from apot_fat.quant.fast.projection import literal, over_steps, search
+from apot_fat.quant.fast.projection import codes_from_table, literal, over_steps, search
 from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.spec import ActAlphaGradient, InputClip
 from apot_fat.quant.units import in_units, threshold_in_use
@@ -32,6 +32,10 @@ def activation_codes(x: Tensor, alpha: Tensor, levels: LevelSet, clip: InputClip
     u = in_units(x, alpha)[1]
     if torch.compiler.is_compiling() and not levels.is_uniform and not levels.is_pot:
         return search(u, levels).to(torch.uint8), torch.where(u != u, u, 0).sum()
+    if not torch.compiler.is_compiling() and levels.has_table:
+        u = u.clamp_(0, 1)
+        nan = u.sum() * 0.0
+        return codes_from_table(u, levels), nan
     q = project_input(u, levels, clip)
     return _codes_of(q, levels), q.sum() * 0.0  # of an integer 0 PyTorch 2.11 knows the product, of NaN too
 

@@ -35,6 +35,8 @@ _GPU_ROW = 1024  # a GPU's kernel sums a row of this length while it writes what
 
 _ROUNDED_DIVISION = "eager_numerics.division_rounding"
 
+_made: set[tuple[Any, ...]] = set()  # arguments of _compiled so far
+
 log = logging.getLogger("apot_fat")
 
 
@@ -56,16 +58,17 @@ def pointwise(
     layout = _Layout(like, rows=rows)
     operands = [layout.flatten(tensor) for tensor in tensors]
     operands += [along_rows(scalar.data, 2) for scalar in scalars]
-    if _compiles(like):
-        scratch = None
-        if isinstance(into, torch.dtype) and like.device.type == "cpu":  # other devices' allocators do as much
-            scratch = _scratch.of(into, like.numel())
-            operands.insert(0, scratch)
-        overwrites = scratch is not None or isinstance(into, Tensor)
-        types = tuple(tensor.dtype for tensor in operands)
-        key = (like.device, _size_class(like), torch.is_inference_mode_enabled(), types, layout.special_sizes)
-        kernel = _compiled(function, settings, scratch is not None, overwrites, layout.in_gpu_rows, key)
-        results = _as_tuple(kernel(*operands))
+    scratch = into if isinstance(into, torch.dtype) and like.device.type == "cpu" else None  # others' allocators do
+    overwrites = scratch is not None or isinstance(into, Tensor)
+    types = (scratch, *(tensor.dtype for tensor in operands))
+    key = (like.device, _size_class(like), torch.is_inference_mode_enabled(), types, layout.special_sizes)
+    wanted = (function, settings, scratch is not None, overwrites, layout.in_gpu_rows, key)
+    # what was compiled for a large tensor does for a small one too; but no sum, whose bits would tell who came before
+    if _compiles(like) or (len(tensors) == 1 and wanted in _made and get_kernels() != "eager"):
+        if scratch is not None:
+            operands.insert(0, _scratch.of(scratch, like.numel()))
+        _made.add(wanted)
+        results = _as_tuple(_compiled(*wanted)(*operands))
         if overwrites:
             results = (operands[0], *results)
     else:

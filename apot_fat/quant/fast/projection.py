@@ -44,6 +44,14 @@ def project(u: Tensor, levels: LevelSet) -> Tensor:
     return projection.project(u, levels)
 
 
+def codes_from_table(u: Tensor, levels: LevelSet) -> Tensor:
+    """Numerator of the level nearest to u, of magnitudes with a table, as bytes; u in [0, 1], which is overwritten."""
+    if levels.is_uniform:
+        return u.mul_(levels.steps).round_().to(torch.uint8)
+    cells = u.mul_(2 * levels.denominator).nan_to_num_(nan=0).to(torch.int32)
+    return _cell_numerators(levels, u.device).index_select(0, cells.flatten()).view(u.shape)
+
+
 def _round_to_power_of_two(u: Tensor, smallest: float) -> Tensor:
     # half of the largest mantissa added to a float's bits carries into the exponent from 1.5 · 2^k on
     exponent = (u.view(torch.int32) + 0x00400000).bitwise_and_(-0x00800000)
@@ -90,6 +98,11 @@ def literal(value: float, like: Tensor) -> Any:
 @lru_cache(maxsize=256)
 def _cell_levels(levels: LevelSet, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _constant((*(levels.levels[code] for code in levels.cell_codes), math.nan), dtype, device)
+
+
+@lru_cache(maxsize=256)
+def _cell_numerators(levels: LevelSet, device: torch.device) -> Tensor:
+    return _constant(tuple(levels.numerators[code] for code in levels.cell_codes), torch.uint8, device)
 
 
 @lru_cache(maxsize=256)

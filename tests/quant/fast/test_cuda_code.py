@@ -216,6 +216,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Compil
 def forget() -> None:
     """Forget what is remembered of a device: the one before is not that of the test."""
     torch.compiler.reset()
+    kernels._made.clear()
     for cached in (kernels._compiled, DeviceProperties.create, *vars(_triton).values()):
         if hasattr(cached, "cache_clear"):
             cached.cache_clear()
