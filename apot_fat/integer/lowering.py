@@ -252,14 +252,16 @@ class _Lowering:
             source, unit = value.source, float(value.gain)
         low, high = self.builder.bounds(source)
         largest = max(abs(low), abs(high))
-        if row * largest >= (1 << ACCUMULATOR_BITS) - 1:
+        largest_sum = row * largest
+        if largest_sum >= (1 << ACCUMULATOR_BITS) - 1:
             raise ValueError(
-                f"layer {name}: accumulator up to {row * largest}, int32 holds less than 2^{ACCUMULATOR_BITS}; use "
+                f"layer {name}: accumulator up to {largest_sum}, int32 holds less than 2^{ACCUMULATOR_BITS}; use "
                 "fewer bits or levels of a smaller denominator"
             )
         low, high = _sum_bounds(weight_OIHW, min(low, 0), max(high, 0))
         shape = _convolved(self.builder.shape(source), weight_OIHW, options)
-        number = self.builder.append(Convolution(name, (source,), shape, low, high, weight_OIHW, **options))
+        sums = Convolution(name, (source,), shape, low, high, weight_OIHW, **options, largest_sum=largest_sum)
+        number = self.builder.append(sums)
         bias = layer.bias
         offset = np.array(0.0) if bias is None else np.asarray(bias, np.float64)
         return Value(number, shape, np.asarray(weight.unit(0)) * unit, offset)

@@ -77,12 +77,13 @@ class Lookup(Operation):
 class Convolution(Operation):
     """y = Σ w x over a window: sums of products of small integers; a linear layer is one of 1 × 1.
 
-    No partial sum leaves int32, whatever the order, and if products are made of shifts and adds (``shift_terms``).
+    Of products, or of shifts and adds in their place (``shift_terms``), in whatever order.
 
     Args:
         weight_OIHW: numerators; I input channels of a group.
         stride, padding, dilation: rows, columns; zeros are padded.
         groups: of input and output channels.
+        largest_sum: bound of every partial sum's magnitude.
     """
 
     weight_OIHW: Array
@@ -90,11 +91,12 @@ class Convolution(Operation):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    largest_sum: int
 
     @property
     def weight_bits(self) -> int:
-        """Width of a weight."""
-        return width(int(self.weight_OIHW.min()), int(self.weight_OIHW.max()))
+        """Bits of a weight as the number of its level among those that occur."""
+        return max((len(np.unique(self.weight_OIHW)) - 1).bit_length(), 1)
 
     @property
     def constants(self) -> int:

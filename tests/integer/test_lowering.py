@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -13,36 +13,10 @@ from apot_fat.data.normalization import CIFAR_APOT
 from apot_fat.integer.program import Add, Convolution, Rescale, Thresholds
 from apot_fat.models import create_model
 from apot_fat.quant import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear, preset
+from tests.integer.networks import MEAN, NORMALIZATION, STD, Residual, normalized, random_pixels, with_statistics
 
 if TYPE_CHECKING:
     from tests.export.conftest import Released
-
-Network = TypeVar("Network", bound=nn.Module)
-
-MEAN, STD = (0.45, 0.5, 0.55), (0.2, 0.25, 0.3)
-NORMALIZATION: dict[str, Any] = {"mean": MEAN, "std": STD}
-
-
-def random_pixels(count: int, size: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, 3, size, size)).astype(np.uint8)
-
-
-def normalized(pixels: np.ndarray) -> Tensor:
-    mean, std = (torch.tensor(part, dtype=torch.float64)[:, None, None] for part in (MEAN, STD))
-    return ((torch.from_numpy(pixels).double() / 255 - mean) / std).float()
-
-
-def with_statistics(model: Network, images: Tensor) -> Network:
-    """In evaluation, its batch norms with statistics of the images and gains of both signs."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias, std=0.3)
-            with torch.no_grad():
-                module.weight[0] = 0
-            module.momentum = None
-    model.train()(images)
-    return model.eval().requires_grad_(False)
 
 
 def of_images(model: nn.Module, pixels: np.ndarray) -> np.ndarray:
@@ -88,31 +62,6 @@ def test_without_additions_and_float_inputs_logits_are_exact(name: str, bits: in
     assert len({row.tobytes() for row in wanted}) > 1
     np.testing.assert_allclose(program.run(pixels) * program.logit_scale, wanted, rtol=1e-12, atol=1e-12)
     assert not any(isinstance(operation, Rescale) for operation in program.operations)
-
-
-class Residual(nn.Module):
-    """Shortcuts as they are, by a convolution, and of a tensor that is read three times."""
-
-    def __init__(self, name: str, bits: int) -> None:
-        super().__init__()
-        spec = preset(name, bits=bits, act_alpha=2.0)
-        self.stem = nn.Sequential(EightBitConv2d(3, 8, 3, padding=1, bias=True), nn.BatchNorm2d(8), nn.ReLU())
-        self.body = nn.Sequential(
-            QuantConv2d(8, 8, 3, padding=1, spec=spec),
-            nn.BatchNorm2d(8),
-            QuantConv2d(8, 8, 3, padding=1, spec=spec, relu=True),
-            nn.BatchNorm2d(8),
-        )
-        self.shortcut = nn.Sequential(QuantConv2d(8, 8, 1, spec=spec), nn.BatchNorm2d(8))
-        self.norm = nn.BatchNorm2d(8)
-        self.fc = EightBitLinear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = torch.relu(self.body(x) + x)
-        y = self.body(x) + self.shortcut(x)
-        x = torch.relu(self.norm(y)) + x
-        return self.fc(x.mean((2, 3)))
 
 
 @pytest.mark.parametrize(("name", "bits"), [("apot-cifar", 4), ("fat-imagenet", 3), ("uniform-mobilenet", 4)])
@@ -191,7 +140,7 @@ def test_widths_are_those_that_are_reached_and_proven() -> None:
     sums = [operation for operation in program.operations if isinstance(operation, Convolution)]
     assert len(sums) == 22
 
-    assert max(operation.weight_bits for operation in sums[1:-1]) == 4
+    assert max(operation.weight_bits for operation in sums[1:-1]) == 3  # −3 … 3
     thresholds = [operation for operation in program.operations if isinstance(operation, Thresholds)]
     assert {operation.levels for operation in thresholds} == {(0, 1, 2, 3, 4, 6, 8, 10)}
     # behind an addition one row serves all channels
