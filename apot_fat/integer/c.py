@@ -89,6 +89,7 @@ class _Writer:
         self.named: dict[tuple[str, str], str] = {}
         self.constants = 0
         self.sums = {"int16": 0, "int32": 0}
+        self.padded = dict.fromkeys(_TYPES, 0)
         self.places, self.sizes = self._place()
 
     def write(self) -> CSource:
@@ -96,7 +97,9 @@ class _Writer:
         steps = [self._step(number) for number in range(len(self.operations)) if self._is_step(number)]
         buffers = [f"static {kind}_t {kind}s[{size}];" for kind, size in self.sizes.items() if size]
         buffers += [f"static {kind}_t {kind}_sums[{size}];" for kind, size in self.sums.items() if size]
-        ram = sum(_BYTES[kind] * size for sizes in (self.sizes, self.sums) for kind, size in sizes.items())
+        buffers += [f"static {kind}_t padded_{kind}[{size}];" for kind, size in self.padded.items() if size]
+        arrays = (self.sizes, self.sums, self.padded)
+        ram = sum(_BYTES[kind] * size for sizes in arrays for kind, size in sizes.items())
         order = {kernel: rank for rank, kernel in enumerate(_kernels())}
         kernels = [
             text for key, text in sorted(self.kernels.items(), key=lambda item: (order[item[0][0]], item[0][1:]))
@@ -327,12 +330,14 @@ int main(void)
         x = self._type(read)
         epilogue = self._epilogue(number)
         y = _sums_type(operation) if epilogue else self._type(number)
-        self._sums_kernels(x, y)
+        height, width = self._shape(read)[1:]
+        (top, left), (down, right) = operation.padding, operation.stride
+        in_runs = bool(epilogue) and (down, right) == (1, 1) and (out_height, out_width) == (height, width)
+        pitch = width + left if in_runs else width
+        self._sums_kernels(x, y, in_runs)
         values, codes = np.unique(operation.weight_OIHW, return_inverse=True)
         packed = self._array("uint8", _packed(codes.ravel(), operation.weight_bits), "weights")
         outputs, inputs = operation.weight_OIHW.shape[:2]
-        height, width = (self._shape(read))[1:]
-        (top, left), (down, right) = operation.padding, operation.stride
         fields = (
             self._weight_levels(values),
             operation.weight_bits,
@@ -340,9 +345,9 @@ int main(void)
             *(height, width, height * width),
             *operation.weight_OIHW.shape[2:],
             *(down, right, down * width),
-            *(-top, -left, -top * width),
-            *(operation.dilation[0], operation.dilation[0] * width, operation.dilation[1]),
-            *(out_height, out_width, (out_width - 1) * right),
+            *(-top, -left, -top * pitch),
+            *(operation.dilation[0], operation.dilation[0] * pitch, operation.dilation[1]),
+            *(out_height, out_width, (out_width - 1) * right, height * pitch),
         )
         body = [
             f"static const struct convolution c = {{{', '.join(map(str, fields))}}};",
@@ -351,7 +356,8 @@ int main(void)
         ]
         if epilogue:
             sums = f"{y}_sums"
-            self.sums[y] = max(self.sums[y], plane)
+            self.sums[y] = max(self.sums[y], height * pitch if in_runs else plane)
+            self.padded[x] = max(self.padded[x], height * pitch + 2 * left if in_runs else 0)
             inner, after = [], []
             for index, follower in enumerate(epilogue):
                 kind, tag = self._type(follower), f"y{index}"
@@ -362,7 +368,11 @@ int main(void)
         else:
             sums, inner, after = "y", [], [f"y += {plane};"]
             body.append(f"{y}_t *y = {self._pointer(number)};")
-        inner = [_call(f"sums_{x}_{y}", sums, "x", "&c", plane, "&weights"), *inner, *after]
+        if in_runs:
+            computed = _call(f"runs_{x}_{y}", sums, f"padded_{x}", "x", "&c", "&weights")
+        else:
+            computed = _call(f"sums_{x}_{y}", sums, "x", "&c", plane, "&weights")
+        inner = [computed, *inner, *after]
         groups = operation.groups
         if groups == 1:
             body.append("int32_t output;")
@@ -376,30 +386,34 @@ int main(void)
         ]
         return ["{", *(f"    {line}" for line in body), "}"]
 
-    def _sums_kernels(self, x: str, y: str) -> None:
+    def _sums_kernels(self, x: str, y: str, in_runs: bool) -> None:
+        # what sums inputs x as y: in runs, or row by row
+        kernel, infix = ("run", "_run") if in_runs else ("add", "")
+        read = "x[j]" if in_runs else "x[k]"
+        arguments = "to, from, count" if in_runs else "sums, x, c, top, left, first + left"
         if self.products == "multiply":
             self._kernel("weights", weight="struct weight {\n    int32_t value;\n};")
-            term = "+ x[k] * factor"
-            self._kernel("add", name="add", x=x, y=y, argument="int32_t factor", term=term)
-            apply = f"if (w.value)\n    add_{x}_{y}(sums, x, c, top, left, first + left, w.value);"
+            term = f"+ ({y}_t)({read} * factor)"
+            self._kernel(kernel, name="add", x=x, y=y, argument=f"{y}_t factor", term=term)
+            apply = f"if (w.value)\n    add{infix}_{x}_{y}({arguments}, ({y}_t)w.value);"
         else:
-            self._kernel("shifted")
             kind = "uint32" if self._has_wide_weights else "uint16"
             said = "/* the powers of two it is the sum of, as bits */"
             self._kernel("weights", weight=f"{said}\nstruct weight {{\n    {kind}_t added, subtracted;\n}};")
             for name, sign in (("add", "+"), ("subtract", "-")):
-                term = f"{sign} shifted(x[k], shift)"
-                self._kernel("add", name=name, x=x, y=y, argument="uint8_t shift", term=term)
-            arguments = "sums, x, c, top, left, first + left, shift"
+                term = f"{sign} ({y}_t)((u{y}_t){read} << shift)"
+                self._kernel(kernel, name=name, x=x, y=y, argument="uint8_t shift", term=term)
             apply = f"""uint8_t shift;
 for (shift = 0; w.added | w.subtracted; shift++, w.added >>= 1, w.subtracted >>= 1) {{
     if (w.added & 1)
-        add_{x}_{y}({arguments});
+        add{infix}_{x}_{y}({arguments}, shift);
     if (w.subtracted & 1)
-        subtract_{x}_{y}({arguments});
+        subtract{infix}_{x}_{y}({arguments}, shift);
 }}"""
         indented = "\n".join(" " * 16 + line for line in apply.split("\n"))
-        self._kernel("sums", x=x, y=y, apply=indented)
+        if in_runs:
+            self._kernel("surround", x=x)
+        self._kernel("runs" if in_runs else "sums", x=x, y=y, apply=indented)
 
     @property
     def _has_wide_weights(self) -> bool:

@@ -1,10 +1,3 @@
-/* kernel: shifted */
-/* x 2^shift; the results are proven to fit */
-static int32_t shifted(int32_t x, uint8_t shift)
-{
-    return (int32_t)((uint32_t)x << shift);
-}
-
 /* kernel: clipped */
 static int32_t clipped(int64_t x, int32_t low, int32_t high)
 {
@@ -46,6 +39,7 @@ struct convolution {
     int32_t next_row, next_values, next_column; /* between two weights: rows, the same in values, columns */
     int32_t out_height, out_width;
     int32_t last;              /* from the first to the last output, in input columns */
+    int32_t pitched;           /* values of an input channel with zeros between its rows, where it is summed in runs */
 };
 
 /* kernel: add */
@@ -93,6 +87,67 @@ $apply
             }
         }
     }
+}
+
+/* kernel: run */
+/* one weight's share of all sums, in one run: y 2^shift of count values */
+static void ${name}_run_${x}_${y}(${y}_t *restrict sums, const ${x}_t *restrict x, int32_t count, $argument)
+{
+    int32_t j;
+    for (j = 0; j < count; j++)
+        sums[j] = (${y}_t)(sums[j] $term);
+}
+
+/* kernel: surround */
+/* the rows of an input channel with zeros between them */
+static void surround_${x}(${x}_t *restrict padded, const ${x}_t *restrict x, int32_t height, int32_t width, int32_t gap)
+{
+    int32_t row, j;
+    for (row = 0; row < height; row++, x += width, padded += width + gap) {
+        for (j = 0; j < width; j++)
+            padded[j] = x[j];
+        for (j = width; j < width + gap; j++)
+            padded[j] = 0;
+    }
+}
+
+/* kernel: runs */
+/*
+ * All sums of an output channel that is as large as its input, if every position counts. With zeros between the rows
+ * of the input each weight meets one run of values; the sums between the rows are of no use, and left out at the end.
+ */
+static void runs_${x}_${y}(${y}_t *sums, ${x}_t *padded, const ${x}_t *x, const struct convolution *c,
+                 struct reader *weights)
+{
+    int32_t i, j, row, column, gap = -c->left, plane = c->pitched;
+    ${y}_t *sum = sums;
+    for (i = 0; i < plane; i++)
+        sums[i] = 0;
+    for (i = 0; i < gap; i++)
+        padded[i] = padded[gap + plane + i] = 0;
+    for (i = 0; i < c->inputs; i++, x += c->plane) {
+        int32_t first = c->first;
+        const ${x}_t *values = x;
+        if (gap) {
+            surround_${x}(padded + gap, x, c->height, c->width, gap);
+            values = padded;
+        }
+        for (row = 0; row < c->kernel_height; row++, first += c->next_values) {
+            int32_t left = 0, above = first < 0 ? -first : 0, below = first > 0 ? first : 0;
+            int32_t count = plane - above - below;
+            for (column = 0; column < c->kernel_width; column++, left += c->next_column) {
+                struct weight w = c->levels[next_code(weights, c->bits)];
+                ${y}_t *to = sums + above;
+                const ${x}_t *from = values + below + left;
+                if (count <= 0)
+                    continue;
+$apply
+            }
+        }
+    }
+    for (row = 0, i = 0; row < c->height; row++, i += gap)
+        for (j = 0; j < c->width; j++)
+            *sum++ = sums[i++];
 }
 
 /* kernel: levels */
