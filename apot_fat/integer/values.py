@@ -46,8 +46,8 @@ class Value:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for values that hold the same numbers."""
-        return self.source, self.gain.tobytes(), self.offset.tobytes(), self.low, self.high, str(self.pools)
+        """Equal for values that hold the same numbers, before their pooling."""
+        return self.source, self.gain.tobytes(), self.offset.tobytes(), self.low, self.high
 
     @property
     def has_one_scale(self) -> bool:
@@ -110,7 +110,7 @@ class Builder:
             shape = self.shape(value.source)
             return self.append(Thresholds(name, inputs, shape, *bounds, thresholds_CT, falls_C, used))
 
-        number = self._once(("quantize", name, value.key[:-1]), made)
+        number = self._once(("quantize", name, value.key), made)
         return self._pooled(name, number, value)
 
     def look_up(self, name: str, value: Value, bits: int) -> Value:
@@ -145,9 +145,7 @@ class Builder:
             return value
         number = value.source
         if not is_there:
-            number = self._once(
-                ("on_grid", step, bits, value.key[:-1]), lambda: self._rescale(name, value, step, low, high)
-            )
+            number = self._once(("on_grid", step, bits, value.key), lambda: self._rescale(name, value, step, low, high))
         return self._plain(self._pooled(name, number, value), step, value)
 
     def add(self, name: str, values: tuple[Value, Value], step: float, is_rectified: bool) -> Value:

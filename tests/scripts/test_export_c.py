@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from apot_fat.checkpoint import write_checkpoint
+from apot_fat.data import load_dataset
 from apot_fat.models import create_model
-from tests.scripts.conftest import Run
+from tests.scripts.conftest import ROOT, Run
 
 Images = tuple[Path, Path]
 
@@ -62,3 +64,28 @@ def test_what_cannot_be_c_is_one_line(run: Run, network: Path, tiny_npz: Images,
         assert (code, err.count("\n")) == (2, 1), err
         assert message in err
     assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.slow
+def test_digits_fit_into_a_small_processor(run: Run) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed: apt-get install gcc")
+    recipe = ROOT / "configs/digits/vgg_tiny_apot.toml"
+    assert run("progressive.py", "--config", recipe, "--output", "digits")[0] == 0
+    line = ("--to", "c", "--grid-bits", 15, "--data", "digits", "--output", "digits.c")
+    assert run("export.py", "digits/vgg_tiny_3bit/model_best.pth.tar", *line)[0] == 0
+    subprocess.run(["gcc", "-std=c99", "-Os", "-c", "digits.c"], check=True)
+    sizes = subprocess.run(["size", "digits.o"], capture_output=True, text=True, check=True).stdout.splitlines()[1]
+    text, data, bss = map(int, sizes.split()[:3])
+    subprocess.run(["gcc", "-std=c99", "-Os", "-DDIGITS_MAIN", "digits.c", "-o", "digits_c"], check=True)
+    test = load_dataset("digits", need_train=False).test
+    pixels = test.images_NHWC.permute(0, 3, 1, 2).contiguous().numpy()  # type: ignore[union-attr]
+    done = subprocess.run(["./digits_c"], input=pixels.tobytes(), capture_output=True, check=True)
+    classes = np.array([line.split() for line in done.stdout.splitlines()], int).argmax(1)
+    correct = int((classes == test.labels_N.numpy()).sum())
+    said = run("evaluate.py", "--init", "digits/vgg_tiny_32bit/model_best.pth.tar")[1]
+    of_float = int(re.findall(r"(\d+) of 360 images correct", said)[0])
+    print(f"\n{text + data:,} bytes of code and constants, {data + bss:,} of RAM; {correct} of 360, float {of_float}")
+    assert text + data <= 32 << 10
+    assert data + bss <= 8 << 10
+    assert correct >= of_float - 3.6
