@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from apot_fat.checkpoint import load_packed, load_weights, save_packed
-from apot_fat.export import export_onnx, integer_network
+from apot_fat.export import export_onnx, integer_network, integer_program
 from apot_fat.quant import (
     EIGHT_BIT,
     LevelSet,
@@ -46,6 +46,7 @@ __all__ = [
     "dequantize",
     "export_onnx",
     "integer_network",
+    "integer_program",
     "load_packed",
     "load_weights",
     "pot_levels",

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from apot_fat.models.registry import LayerMaker, register
 
 # channels of each convolution; "M" is 2 × 2 max pooling
+VGG_TINY = (16, 32, "M", 32, "M")
 VGG_SMALL = (128, 128, "M", 256, 256, "M", 512, 512, "M")
 VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
 
@@ -50,6 +51,14 @@ def vgg_small(layers: LayerMaker, num_classes: int) -> VGG:
     classifier.add_module("dropout", nn.Dropout(0.5))
     classifier.add_module("linear2", layers.last_linear(2048, num_classes))
     return VGG(layers, VGG_SMALL, 2, classifier)
+
+
+@register("vgg_tiny", "cifar10")
+def vgg_tiny(layers: LayerMaker, num_classes: int) -> VGG:
+    """Three convolutions for 8 × 8 digits on small processors: 16-32-M-32-M, one linear layer; no published network."""
+    classifier = nn.Sequential()
+    classifier.add_module("linear2", layers.last_linear(128, num_classes))
+    return VGG(layers, VGG_TINY, 2, classifier)
 
 
 @register("vgg16", "cifar10", "vgg16bn", "vgg_16_bn")

@@ -1,4 +1,4 @@
-"""Write a checkpoint's network as a small or portable file: export.py PATH --to onnx|packed --output FILE."""
+"""Write a checkpoint's network as a small or portable file: export.py PATH --to onnx|packed|c --output FILE."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from apot_fat.command_line import OneLineParser, add_model_option, log, output_file, run_main
-from apot_fat.export import WRITERS
+from apot_fat.export import WRITERS, Export
+from apot_fat.integer.c import check_c_file
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.report.subject import usual_shape
 from apot_fat.training.build import load_config_dataset, make_batches
@@ -33,9 +34,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--data", metavar="NAME", help="images to measure ranges and compare on: as train.py's --data (default: noise)"
     )
+    parser.add_argument("--multiply", action="store_true", help="c: products by * instead of shifts and adds")
+    parser.add_argument(
+        "--grid-bits",
+        type=int,
+        default=Export.grid_bits,
+        help=f"c: bits of skip connections, beside the sign; 15 halve their memory (default: {Export.grid_bits})",
+    )
     add_model_option(parser)
     options = parser.parse_args(argv)
     output = output_file(options.output, WRITERS[options.to].suffix, options.checkpoint)
+    if options.to == "c":
+        check_c_file(output)
+        output_file(str(output.with_suffix(".h")), ".h", options.checkpoint)
     names = ("arch", "bit", "preset", "image_size", "data")
     opened = open_network(options.checkpoint, {name: getattr(options, name) for name in names}, options.model)
     if options.mode == "int8":
@@ -46,7 +57,19 @@ def main(argv: list[str] | None = None) -> None:
     images = _images(opened.config) if options.data else None
     shape = recorded_shape(opened.content, opened.where)
     input_shape = usual_shape(opened.config, shape, options.image_size) if images is None else tuple(images.shape[1:])
-    said = WRITERS[options.to].write(opened.model, output, input_shape, images, options.mode)
+    mean, std = opened.config.normalization()
+    export = Export(
+        model=opened.model,
+        path=output,
+        input_shape=input_shape,
+        images=images,
+        mean=mean,
+        std=std,
+        mode=options.mode,
+        products="multiply" if options.multiply else "shift",
+        grid_bits=options.grid_bits,
+    )
+    said = WRITERS[options.to].write(export)
     log.info("%s: %s", output, said)
 
 

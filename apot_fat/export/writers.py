@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from apot_fat.checkpoint import PACKED_SUFFIX, save_packed
+from apot_fat.checkpoint import PACKED_SUFFIX, atomic_write, save_packed
 from apot_fat.export.onnx import ExportMode, export_onnx
+from apot_fat.integer import integer_program
+from apot_fat.integer.c import Products, c_source
 
-Writer = Callable[[nn.Module, Path, tuple[int, ...], Tensor | None, ExportMode], str]
-"""Network in evaluation mode, file, its input's shape, images to compare on or None, arithmetic → what to log."""
+
+@dataclass(frozen=True)
+class Export:
+    """What is to be written.
+
+    Args:
+        model: the network, in evaluation mode.
+        path: the file.
+        input_shape: (C, H, W) of an image.
+        images: normalised images to measure ranges and compare on, or None.
+        mean, std: what they were normalised with, a number a channel in units of 255.
+        mode: arithmetic of an ONNX file.
+        products: how C multiplies by a weight.
+        grid_bits: see ``integer_program``.
+    """
+
+    model: nn.Module
+    path: Path
+    input_shape: tuple[int, ...]
+    images: Tensor | None
+    mean: Sequence[float]
+    std: Sequence[float]
+    mode: ExportMode = "float"
+    products: Products = "shift"
+    grid_bits: int = 24
 
 
-def write_onnx(
-    model: nn.Module, path: Path, input_shape: tuple[int, ...], images: Tensor | None, mode: ExportMode
-) -> str:
+def write_onnx(export: Export) -> str:
     """An ONNX file, see ``export_onnx``."""
-    report = export_onnx(model, path, input_shape, mode, verify_with=images)
+    images = export.images
+    report = export_onnx(export.model, export.path, export.input_shape, export.mode, verify_with=images)
     inputs = f"{len(images)} images" if images is not None else "noise"
     return (
         f"{report.integer_convs} of {report.quantized_layers} quantized layers in integers; compared with PyTorch on "
@@ -28,18 +53,36 @@ def write_onnx(
     )
 
 
-def write_packed(
-    model: nn.Module, path: Path, input_shape: tuple[int, ...], images: Tensor | None, mode: ExportMode
-) -> str:
+def write_packed(export: Export) -> str:
     """A packed file, see ``save_packed``."""
-    return f"{save_packed(model, path):,} bytes"
+    return f"{save_packed(export.model, export.path):,} bytes"
+
+
+def write_c(export: Export) -> str:
+    """A C99 source and, beside it, its header; see ``integer_program`` and ``c_source``."""
+    if export.images is None:
+        raise ValueError("--to c: the ranges of what is added are measured on images: name some with --data")
+    norm = {"mean": export.mean, "std": export.std}
+    program = integer_program(export.model, export.images, **norm, grid_bits=export.grid_bits)
+    written = c_source(program, export.path.stem, export.products)
+    for path, text in ((export.path.with_suffix(".h"), written.header), (export.path, written.source)):
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="ascii")
+    return (
+        f"and {export.path.with_suffix('.h').name}: {written.constants:,} bytes of weights and tables, {written.ram:,} "
+        f"bytes of buffers; ranges measured on {len(export.images)} images"
+    )
 
 
 class FileKind(NamedTuple):
-    """A kind of file: the suffix that is custom, and what writes it."""
+    """A kind of file: the suffix that is custom, and what writes it and says what to log."""
 
     suffix: str
-    write: Writer
+    write: Callable[[Export], str]
 
 
-WRITERS = {"onnx": FileKind(".onnx", write_onnx), "packed": FileKind(PACKED_SUFFIX, write_packed)}
+WRITERS = {
+    "onnx": FileKind(".onnx", write_onnx),
+    "packed": FileKind(PACKED_SUFFIX, write_packed),
+    "c": FileKind(".c", write_c),
+}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from apot_fat.checkpoint import write_checkpoint
-from apot_fat.export import WRITERS, export_onnx
+from apot_fat.export import WRITERS, Export, export_onnx
 from apot_fat.export.graph import GraphBuilder, Projection, emit_projection, emit_table
 from apot_fat.export.int8 import best_range, linear_grid
 from apot_fat.export.integer import IntegerLayer
@@ -254,7 +254,7 @@ def test_an_input_shape_with_the_batch_is_one_without(tmp_path: Path) -> None:
     model, x = small("apot-cifar", 3), torch.randn(3, 3, 16, 16)
     for i, shape in enumerate([(3, 16, 16), (5, 3, 16, 16), [1, 3, 16, 16]]):
         export_onnx(model, tmp_path / f"{i}.onnx", shape, verify_with=x)
-        WRITERS["onnx"].write(model, tmp_path / f"writer{i}.onnx", tuple(shape), x, "float")
+        WRITERS["onnx"].write(Export(model, tmp_path / f"writer{i}.onnx", tuple(shape), x, (), ()))
     written = {path.read_bytes() for path in tmp_path.iterdir()}
     assert len(written) == 1
     assert cost_report(model, (3, 16, 16)) == cost_report(model, [1, 3, 16, 16])
@@ -265,7 +265,7 @@ def test_a_bad_input_shape_is_said_in_the_same_words_by_all(shape: tuple[int, ..
     said = set()
     calls: list[Callable[[nn.Module], object]] = [
         lambda model: export_onnx(model, tmp_path / "net.onnx", shape),
-        lambda model: WRITERS["onnx"].write(model, tmp_path / "net.onnx", shape, None, "float"),
+        lambda model: WRITERS["onnx"].write(Export(model, tmp_path / "net.onnx", shape, None, (), ())),
         lambda model: cost_report(model, shape),
     ]
     for call in calls:

@@ -39,6 +39,9 @@ EXCEPTED = {
     "vggsmall": "a large network; tests/training/test_recipes.py trains two steps",
     "cifar10_full": "CIFAR-10 at full length; tests/scripts/test_sweep.py runs it tiny",
     "--released": "a download; tests/checkpoint/test_released.py serves it from this machine",
+    "gcc": "tests/scripts/test_export_c.py compiles C",
+    "./res20_3bit": "tests/scripts/test_export_c.py runs C",
+    "python -c": "as the two above",
     "--mode int8": "refused of the random network that stands in here; tests/export/test_onnx.py",
 }
 

@@ -1,0 +1,540 @@
+"""An integer program as C99: one header and one source, without floats, allocation or a library.
+
+A convolution is computed one output channel at a time, its sums in one small buffer, and what reads them follows at
+once. The other results lie in three arrays, one a type, places used again as soon as their last reader is done.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from string import Template
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from apot_fat.integer.program import (
+    PIXELS,
+    Add,
+    Convolution,
+    Flatten,
+    IntegerProgram,
+    Lookup,
+    Operation,
+    Pool,
+    Rescale,
+    Thresholds,
+)
+from apot_fat.quant.integers import shift_terms
+
+Array = np.ndarray
+Products = Literal["shift", "multiply"]
+_TYPES = {
+    "uint8": (0, 255),
+    "int8": (-128, 127),
+    "int16": (-(1 << 15), (1 << 15) - 1),
+    "int32": (-(1 << 31), (1 << 31) - 1),
+}
+_BYTES = {"uint8": 1, "int8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8}
+_LINE = 110
+
+
+@dataclass(frozen=True)
+class CSource:
+    """What ``c_source`` writes.
+
+    Args:
+        header, source: the text of NAME.h and NAME.c.
+        ram, constants: bytes of the buffers; of weights and tables. Code and stack come beside them.
+    """
+
+    header: str
+    source: str
+    ram: int
+    constants: int
+
+
+def c_source(program: IntegerProgram, name: str, products: Products = "shift") -> CSource:
+    """A program in C99.
+
+    Args:
+        program: what ``integer_program`` makes.
+        name: of the files, as C spells names, and of their function ``NAME_run`` and macros ``NAME_CLASSES``, ….
+        products: of weights, ``shift``: shifts and adds alone, so that no multiplication is compiled into the program;
+            or ``multiply``: by ``*``.
+    """
+    return _Writer(program, name, products).write()
+
+
+def check_c_file(path: Path) -> None:
+    """Raise ``ValueError`` unless a file's name is one that C's functions can have, and ends in .c."""
+    if path.suffix != ".c" or not re.fullmatch(r"[A-Za-z]\w*", path.stem, re.ASCII):
+        raise ValueError(f"{path}: names functions of C; letters, digits and underscores and .c, such as network.c")
+
+
+class _Writer:
+    def __init__(self, program: IntegerProgram, name: str, products: Products) -> None:
+        self.program, self.name, self.products = program, name, products
+        self.operations = program.operations
+        self.readers: dict[int, list[int]] = {}
+        for number, operation in enumerate(self.operations):
+            for read in operation.inputs:
+                self.readers.setdefault(read, []).append(number)
+        self.kernels: dict[tuple[str, ...], str] = {}
+        self.data: list[str] = []
+        self.named: dict[tuple[str, str], str] = {}
+        self.constants = 0
+        self.sums = {"int16": 0, "int32": 0}
+        self.padded = dict.fromkeys(_TYPES, 0)
+        self.places, self.sizes = self._place()
+
+    def write(self) -> CSource:
+        """The two texts."""
+        steps = [self._step(number) for number in range(len(self.operations)) if self._is_step(number)]
+        buffers = [f"static {kind}_t {kind}s[{size}];" for kind, size in self.sizes.items() if size]
+        buffers += [f"static {kind}_t {kind}_sums[{size}];" for kind, size in self.sums.items() if size]
+        buffers += [f"static {kind}_t padded_{kind}[{size}];" for kind, size in self.padded.items() if size]
+        arrays = (self.sizes, self.sums, self.padded)
+        ram = sum(_BYTES[kind] * size for sizes in arrays for kind, size in sizes.items())
+        order = {kernel: rank for rank, kernel in enumerate(_kernels())}
+        kernels = [
+            text for key, text in sorted(self.kernels.items(), key=lambda item: (order[item[0][0]], item[0][1:]))
+        ]
+        run = f"void {self.name}_run(const uint8_t *pixels, int32_t *logits)\n{{\n" + "\n".join(steps) + "\n}\n"
+        parts = [f'#include "{self.name}.h"\n', *kernels, "\n".join(self.data) + "\n", "\n".join(buffers) + "\n", run]
+        return CSource(self._header(ram), "\n".join([*parts, self._main()]), ram, self.constants)
+
+    def _header(self, ram: int) -> str:
+        upper = self.name.upper()
+        channels, height, width = self.program.input_shape
+        classes = int(np.prod(self.operations[-1].shape))
+        return f"""#ifndef {upper}_H
+#define {upper}_H
+
+#include <stdint.h>
+
+#define {upper}_CHANNELS {channels}
+#define {upper}_HEIGHT {height}
+#define {upper}_WIDTH {width}
+#define {upper}_CLASSES {classes}
+#define {upper}_RAM_BYTES {ram}L /* of static buffers */
+#define {upper}_CONSTANT_BYTES {self.constants}L /* of weights and tables */
+
+/*
+ * The network's logits of an image of bytes, channel by channel and row by row. The largest is the class; in the unit
+ * of the float network each counts {self.program.logit_scale!r}. Buffers are static: one call at a time.
+ */
+void {self.name}_run(const uint8_t *pixels, int32_t *logits);
+
+#endif
+"""
+
+    def _main(self) -> str:
+        upper = self.name.upper()
+        return f"""#ifdef {upper}_MAIN
+/* images on standard input as bytes, their logits on standard output, one line each */
+#include <stdio.h>
+
+int main(void)
+{{
+    static uint8_t pixels[(long){upper}_CHANNELS * {upper}_HEIGHT * {upper}_WIDTH];
+    static int32_t logits[{upper}_CLASSES];
+    int i;
+    while (fread(pixels, sizeof pixels, 1, stdin) == 1) {{
+        {self.name}_run(pixels, logits);
+        for (i = 0; i < {upper}_CLASSES; i++)
+            printf("%ld%c", (long)logits[i], i + 1 < {upper}_CLASSES ? ' ' : '\\n');
+    }}
+    return 0;
+}}
+#endif
+"""
+
+    # where results lie
+
+    def _root(self, number: int) -> int:
+        # what a flattened result is another name of
+        while number >= 0 and isinstance(self.operations[number], Flatten):
+            number = self.operations[number].inputs[0]
+        return number
+
+    def _epilogue(self, number: int) -> list[int]:
+        # what reads a convolution's sums, if all of it can follow channel by channel
+        readers = self.readers.get(number, [])
+        operations = [self.operations[reader] for reader in readers]
+        follows = isinstance(self.operations[number], Convolution) and all(
+            isinstance(operation, Thresholds | Rescale) for operation in operations
+        )
+        return readers if follows else []
+
+    def _is_step(self, number: int) -> bool:
+        # Flatten does nothing, and epilogues are done by their convolution
+        operation = self.operations[number]
+        if isinstance(operation, Flatten):
+            return False
+        return not any(read >= 0 and self._epilogue(read) for read in operation.inputs)
+
+    def _written(self, number: int) -> list[int]:
+        return self._epilogue(number) or [number]
+
+    def _type(self, number: int) -> str:
+        number = self._root(number)
+        if number == PIXELS:
+            return "uint8"
+        if number == self._root(len(self.operations) - 1):
+            return "int32"  # the logits
+        operation = self.operations[number]
+        if isinstance(operation, Convolution):
+            return _sums_type(operation)
+        return _smallest_type(operation.low, operation.high)
+
+    def _place(self) -> tuple[dict[int, int], dict[str, int]]:
+        # first fit in the order of steps; a sum or a pointwise result may take the place of what it is the last to read
+        last_read: dict[int, int] = {}
+        steps = [number for number in range(len(self.operations)) if self._is_step(number)]
+        for step in steps:
+            for read in self.operations[step].inputs:
+                last_read[self._root(read)] = step
+        places: dict[int, int] = {}
+        live: dict[int, int] = {}
+        sizes = dict.fromkeys(_TYPES, 0)
+        logits = self._root(len(self.operations) - 1)
+        for step in steps:
+            if isinstance(self.operations[step], Add):
+                live = {number: end for number, end in live.items() if end > step}
+            for number in self._written(step):
+                if number == logits:
+                    continue
+                kind, size = self._type(number), int(np.prod(self.operations[number].shape))
+                taken = sorted((places[other], self._end(other, places)) for other in live if self._type(other) == kind)
+                start = 0
+                for low, high in taken:
+                    if start + size <= low:
+                        break
+                    start = max(start, high)
+                places[number] = start
+                live[number] = last_read.get(number, step)
+                sizes[kind] = max(sizes[kind], start + size)
+            live = {number: end for number, end in live.items() if end > step}
+        return places, sizes
+
+    def _end(self, number: int, places: dict[int, int]) -> int:
+        return places[number] + int(np.prod(self.operations[number].shape))
+
+    def _pointer(self, number: int) -> str:
+        number = self._root(number)
+        if number == PIXELS:
+            return "pixels"
+        if number == self._root(len(self.operations) - 1):
+            return "logits"
+        return f"{self._type(number)}s + {self.places[number]}"
+
+    # what is written
+
+    def _kernel(self, kernel: str, **values: str) -> str:
+        text = Template(_kernels()[kernel]).substitute(values)
+        self.kernels.setdefault((kernel, *values.values()), text)
+        return "_".join(value for key, value in values.items() if key in ("kind", "x", "t", "y"))
+
+    def _array(self, kind: str, values: Iterable[int], name: str, is_struct: bool = False) -> str:
+        listed = list(values)
+        text = _listed(map(str, listed))
+        if (kind, text) not in self.named:
+            self.named[kind, text] = f"{name}_{len(self.named)}"
+            self.data.append(f"static const {kind}_t {self.named[kind, text]}[] = {{\n{text}\n}};")
+            self.constants += _BYTES[kind] * len(listed)
+        return self.named[kind, text]
+
+    def _step(self, number: int) -> str:
+        operation = self.operations[number]
+        if isinstance(operation, Convolution):
+            body = self._convolution(number, operation)
+        elif isinstance(operation, Add):
+            first, second = operation.inputs
+            self._kernel("clipped")
+            kernel = self._kernel("plus", x=self._type(first), t=self._type(second), y=self._type(number))
+            arguments = (self._pointer(number), self._pointer(first), self._pointer(second), _size(operation))
+            body = [_call(f"plus_{kernel}", *arguments, operation.low, operation.high)]
+        elif isinstance(operation, Pool):
+            body = self._pool(number, operation)
+        else:
+            body = self._pointwise(number, operation)
+        said = f"{operation.name}: {type(operation).__name__.lower()}"
+        return "\n".join([f"    /* {_comment(said)} */", *(f"    {line}" for line in body)])
+
+    def _pointwise(self, number: int, operation: Operation) -> list[str]:
+        (read,) = operation.inputs
+        channels, *size = operation.shape
+        plane = int(np.prod(size))
+        is_one_row = _rows(operation) == 1 and not isinstance(operation, Lookup)
+        if is_one_row:
+            channels, plane = 1, channels * plane
+        x, y = self._type(read), self._type(number)
+        call, steps = self._channel(operation, x, y, "x", "y", plane)
+        body = [f"const {x}_t *x = {self._pointer(read)};", f"{y}_t *y = {self._pointer(number)};"]
+        if channels == 1:
+            return ["{", *(f"    {line}" for line in (*body, *steps.declared, call)), "}"]
+        advanced = [f"x += {plane}, y += {plane}", *steps.advanced]
+        loop = f"for (channel = 0; channel < {channels}; channel++, {', '.join(advanced)})"
+        lines = [*body, *steps.declared, "int32_t channel;", loop, f"    {call}"]
+        return ["{", *(f"    {line}" for line in lines), "}"]
+
+    def _channel(self, operation: Operation, x: str, y: str, read: str, written: str, count: int) -> tuple[str, _Steps]:
+        """The call that computes one channel; what to declare before and to advance after it."""
+        tag = written
+        if isinstance(operation, Lookup):
+            kernel = self._kernel("look_up", y=y)
+            table = self._array(y, operation.table.ravel().tolist(), "table")
+            steps = _Steps([f"const {y}_t *table = {table};"], ["table += 256"])
+            return _call(f"look_up_{kernel}", written, read, count, "table"), steps
+        advances = _rows(operation) > 1
+        if isinstance(operation, Thresholds):
+            rows = operation.thresholds_CT
+            t = _smallest_type(int(rows.min(initial=0)), int(rows.max(initial=0)), ("int8", "int16", "int32"))
+            kernel = self._kernel("levels", x=x, t=t, y=y)
+            levels = self._array(y, operation.levels, "levels")
+            listed = rows.ravel().tolist() or [0]
+            declared = [f"const {t}_t *t_{tag} = {self._array(t, listed, 'thresholds')};"]
+            advanced = [f"t_{tag} += {rows.shape[1]}"]
+            falls = str(int(operation.falls_C[0]))
+            if advances and operation.falls_C.any():
+                falls = f"*f_{tag}"
+                name = self._array("uint8", operation.falls_C.astype(int).tolist(), "falls")
+                declared.append(f"const uint8_t *f_{tag} = {name};")
+                advanced.append(f"f_{tag}++")
+            call = _call(f"levels_{kernel}", written, read, count, f"t_{tag}", rows.shape[1], falls, levels)
+        else:
+            assert isinstance(operation, Rescale)
+            self._kernel("clipped")
+            self._kernel("times", times=_TIMES[self.products])
+            kernel = self._kernel("rescale", x=x, y=y)
+            columns = (("int32", operation.factor_C), ("int64", operation.addend_C), ("uint8", operation.shift_C))
+            declared, advanced, used = [], [], []
+            for kind, column in columns:
+                label = {"int32": "factor", "int64": "addend", "uint8": "shift"}[kind]
+                name = self._array(kind, column.tolist(), label)
+                declared.append(f"const {kind}_t *{label}_{tag} = {name};")
+                advanced.append(f"{label}_{tag}++")
+                used.append(f"*{label}_{tag}")
+            call = _call(f"rescale_{kernel}", written, read, count, *used, operation.low, operation.high)
+        return call, _Steps(declared, advanced if advances else [])
+
+    def _convolution(self, number: int, operation: Convolution) -> list[str]:
+        (read,) = operation.inputs
+        _, out_height, out_width = operation.shape
+        plane = out_height * out_width
+        x = self._type(read)
+        epilogue = self._epilogue(number)
+        y = _sums_type(operation) if epilogue else self._type(number)
+        height, width = self._shape(read)[1:]
+        (top, left), (down, right) = operation.padding, operation.stride
+        in_runs = bool(epilogue) and (down, right) == (1, 1) and (out_height, out_width) == (height, width)
+        pitch = width + left if in_runs else width
+        self._sums_kernels(x, y, in_runs)
+        values, codes = np.unique(operation.weight_OIHW, return_inverse=True)
+        packed = self._array("uint8", _packed(codes.ravel(), operation.weight_bits), "weights")
+        outputs, inputs = operation.weight_OIHW.shape[:2]
+        fields = (
+            self._weight_levels(values),
+            operation.weight_bits,
+            inputs,
+            *(height, width, height * width),
+            *operation.weight_OIHW.shape[2:],
+            *(down, right, down * width),
+            *(-top, -left, -top * pitch),
+            *(operation.dilation[0], operation.dilation[0] * pitch, operation.dilation[1]),
+            *(out_height, out_width, (out_width - 1) * right, height * pitch),
+        )
+        body = [
+            f"static const struct convolution c = {{{', '.join(map(str, fields))}}};",
+            f"const {x}_t *x = {self._pointer(read)};",
+            f"struct reader weights = {{{packed}, 0, 0}};",
+        ]
+        if epilogue:
+            sums = f"{y}_sums"
+            self.sums[y] = max(self.sums[y], height * pitch if in_runs else plane)
+            self.padded[x] = max(self.padded[x], height * pitch + 2 * left if in_runs else 0)
+            inner, after = [], []
+            for index, follower in enumerate(epilogue):
+                kind, tag = self._type(follower), f"y{index}"
+                call, steps = self._channel(self.operations[follower], y, kind, sums, tag, plane)
+                body += [f"{kind}_t *{tag} = {self._pointer(follower)};", *steps.declared]
+                inner.append(call)
+                after += [f"{tag} += {plane};", *(f"{step};" for step in steps.advanced)]
+        else:
+            sums, inner, after = "y", [], [f"y += {plane};"]
+            body.append(f"{y}_t *y = {self._pointer(number)};")
+        if in_runs:
+            computed = _call(f"runs_{x}_{y}", sums, f"padded_{x}", "x", "&c", "&weights")
+        else:
+            computed = _call(f"sums_{x}_{y}", sums, "x", "&c", plane, "&weights")
+        inner = [computed, *inner, *after]
+        groups = operation.groups
+        if groups == 1:
+            body.append("int32_t output;")
+        else:
+            body.append("int32_t group, output;")
+            body.append(f"for (group = 0; group < {groups}; group++, x += {inputs * height * width})")
+        body += [
+            f"for (output = 0; output < {outputs // groups}; output++) {{",
+            *(f"    {line}" for line in inner),
+            "}",
+        ]
+        return ["{", *(f"    {line}" for line in body), "}"]
+
+    def _sums_kernels(self, x: str, y: str, in_runs: bool) -> None:
+        # what sums inputs x as y: in runs, or row by row
+        kernel, infix = ("run", "_run") if in_runs else ("add", "")
+        read = "x[j]" if in_runs else "x[k]"
+        arguments = "to, from, count" if in_runs else "sums, x, c, top, left, first + left"
+        if self.products == "multiply":
+            self._kernel("weights", weight="struct weight {\n    int32_t value;\n};")
+            term = f"+ ({y}_t)({read} * factor)"
+            self._kernel(kernel, name="add", x=x, y=y, argument=f"{y}_t factor", term=term)
+            apply = f"if (w.value)\n    add{infix}_{x}_{y}({arguments}, ({y}_t)w.value);"
+        else:
+            kind = "uint32" if self._has_wide_weights else "uint16"
+            said = "/* the powers of two it is the sum of, as bits */"
+            self._kernel("weights", weight=f"{said}\nstruct weight {{\n    {kind}_t added, subtracted;\n}};")
+            for name, sign in (("add", "+"), ("subtract", "-")):
+                term = f"{sign} ({y}_t)((u{y}_t){read} << shift)"
+                self._kernel(kernel, name=name, x=x, y=y, argument="uint8_t shift", term=term)
+            apply = f"""uint8_t shift;
+for (shift = 0; w.added | w.subtracted; shift++, w.added >>= 1, w.subtracted >>= 1) {{
+    if (w.added & 1)
+        add{infix}_{x}_{y}({arguments}, shift);
+    if (w.subtracted & 1)
+        subtract{infix}_{x}_{y}({arguments}, shift);
+}}"""
+        indented = "\n".join(" " * 16 + line for line in apply.split("\n"))
+        if in_runs:
+            self._kernel("surround", x=x)
+        self._kernel("runs" if in_runs else "sums", x=x, y=y, apply=indented)
+
+    @property
+    def _has_wide_weights(self) -> bool:
+        sums = (operation for operation in self.operations if isinstance(operation, Convolution))
+        return any(int(np.abs(operation.weight_OIHW).max()) >= 1 << 15 for operation in sums)
+
+    def _weight_levels(self, values: Array) -> str:
+        if self.products == "multiply":
+            listed = [f"{{{value}}}" for value in values.tolist()]
+            size = _BYTES["int32"]
+        else:
+            terms = shift_terms(torch.from_numpy(values))
+            pairs = zip(terms.added.tolist(), terms.subtracted.tolist(), strict=True)
+            listed = [f"{{{added}, {subtracted}}}" for added, subtracted in pairs]
+            size = 2 * _BYTES["uint32" if self._has_wide_weights else "uint16"]
+        text = _listed(listed)
+        if ("weight", text) not in self.named:
+            self.named["weight", text] = f"weight_levels_{len(self.named)}"
+            self.data.append(f"static const struct weight {self.named['weight', text]}[] = {{\n{text}\n}};")
+            self.constants += size * len(listed)
+        return self.named["weight", text]
+
+    def _pool(self, number: int, operation: Pool) -> list[str]:
+        (read,) = operation.inputs
+        channels, height, width = self._shape(read)
+        is_sum = operation.kind == "sum"
+        x, y = self._type(read), self._type(number)
+        self._kernel("window")
+        self._kernel(
+            "pool",
+            kind=operation.kind,
+            x=x,
+            y=y,
+            nothing="0" if is_sum else "INT32_MIN",
+            take="result += value;" if is_sum else "result = value > result ? value : result;",
+        )
+        (top, left), (down, right) = operation.padding, operation.stride
+        fields = (
+            *(channels, height, width, height * width),
+            *operation.kernel,
+            *(down, right, down * width),
+            *(-top, -left, -top * width),
+            *operation.shape[1:],
+        )
+        call = _call(f"{operation.kind}_{x}_{y}", self._pointer(number), self._pointer(read), "&w")
+        return ["{", f"    static const struct window w = {{{', '.join(map(str, fields))}}};", f"    {call}", "}"]
+
+    def _shape(self, number: int) -> tuple[int, int, int]:
+        return self.program.input_shape if number == PIXELS else self.operations[number].shape
+
+
+@dataclass(frozen=True)
+class _Steps:
+    declared: Sequence[str]
+    advanced: Sequence[str]
+
+
+_TIMES = {
+    "multiply": """static int64_t times(int32_t x, int32_t factor)
+{
+    return (int64_t)x * factor;
+}""",
+    "shift": """/* x factor, by shifts and adds */
+static int64_t times(int32_t x, int32_t factor)
+{
+    int64_t product = 0;
+    uint32_t bits = factor < 0 ? -(uint32_t)factor : (uint32_t)factor;
+    uint64_t magnitude = x < 0 ? -(uint64_t)(int64_t)x : (uint64_t)x;
+    for (; bits; bits >>= 1, magnitude <<= 1)
+        if (bits & 1)
+            product += (int64_t)magnitude;
+    return (x < 0) == (factor < 0) ? product : -product;
+}""",
+}
+
+
+@cache
+def _kernels() -> dict[str, str]:
+    text = (Path(__file__).parent / "kernels.c").read_text(encoding="utf-8")
+    parts = re.split(r"^/\* kernel: (\w+) \*/\n", text, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], (part.rstrip("\n") + "\n" for part in parts[1::2]), strict=True))
+
+
+def _smallest_type(low: int, high: int, among: Iterable[str] = _TYPES) -> str:
+    return next(kind for kind in among if _TYPES[kind][0] <= low and high <= _TYPES[kind][1])
+
+
+def _sums_type(operation: Convolution) -> str:
+    return "int16" if operation.largest_sum < 1 << 15 else "int32"
+
+
+def _rows(operation: Operation) -> int:
+    # how many channels have constants of their own
+    if isinstance(operation, Thresholds):
+        return len(operation.thresholds_CT)
+    return len(operation.factor_C) if isinstance(operation, Rescale) else operation.shape[0]
+
+
+def _size(operation: Operation) -> int:
+    return int(np.prod(operation.shape))
+
+
+def _packed(codes: Array, bits: int) -> list[int]:
+    # the lowest bit of the first code is the lowest of the first byte
+    binary = (codes[:, None] >> np.arange(bits)) & 1
+    return np.packbits(binary.ravel().astype(np.uint8), bitorder="little").tolist()
+
+
+def _listed(values: Iterable[str]) -> str:
+    lines, line = [], "   "
+    for value in values:
+        if len(line) + len(value) > _LINE:
+            lines.append(line)
+            line = "   "
+        line += f" {value},"
+    return "\n".join([*lines, line.rstrip(",")])
+
+
+def _call(function: str, *arguments: Any) -> str:
+    return f"{function}({', '.join(map(str, arguments))});"
+
+
+def _comment(text: str) -> str:
+    return re.sub(r"[^\w.:, -]", "_", text, flags=re.ASCII)

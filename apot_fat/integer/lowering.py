@@ -1,0 +1,416 @@
+"""From a network of quantized layers to its integer program.
+
+The network is traced, and each of its tensors followed as an affine function of an integer tensor (``Value``). Batch
+norm, ReLU and max pooling thus compute nothing until somebody reads the result: a quantizer, as thresholds; an
+addition, a pooling of means or a layer of float inputs, as multiples of a step.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from apot_fat.integer.program import PIXELS, Convolution, Flatten, IntegerProgram
+from apot_fat.integer.values import ACCUMULATOR_BITS, Array, Builder, Value, grid_step
+from apot_fat.quant.fake_quant import keeps_negatives
+from apot_fat.quant.integers import integer_input, integer_weight, shift_terms
+from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear
+from apot_fat.quant.units import threshold_in_use
+
+FEWEST_GRID_BITS, MOST_GRID_BITS = 8, 26
+
+
+def integer_program(
+    model: nn.Module, calibration: Tensor, *, mean: Sequence[float], std: Sequence[float], grid_bits: int = 24
+) -> IntegerProgram:
+    """A network as integer operations, from 8-bit pixels to logits.
+
+    Convolutions and linear layers are sums of products of the levels' numerators; what follows one, up to the next
+    layer's quantizer, is an exact table of thresholds a channel. What is added lies on one grid, whose step is a power
+    of two and whose ends hold twice what the calibration reached; what is beyond is held to them. The first layer reads
+    a table of what pixels stand for. It, other layers of float inputs (8-bit weights) and poolings read as many bits as
+    the grid has or their sums leave.
+
+    Args:
+        model: network of quantized layers that ``torch.fx`` can trace; left as it is.
+        calibration: normalised images (N, C, H, W), such as the network is given; for ranges alone.
+        mean, std: what they were normalised with, a number a channel in units of 255: (pixel / 255 − mean) / std.
+        grid_bits: bits of the grid beside the sign, 8 to 26. With 24 the rounding is about float32's; 15 halve the
+            memory of skip connections, and turn more codes that lie near a threshold.
+
+    Returns:
+        The program; its ``reached`` are those of the calibration.
+
+    Raises:
+        ValueError: an operation or a layer that has no integer form here, naming it; sums that may leave int32;
+            calibration images that mean and std do not turn into pixels.
+
+    Paper: APoT, "Additive Powers-of-Two Quantization" (multiplication as shifts and adds).
+    """
+    if not FEWEST_GRID_BITS <= grid_bits <= MOST_GRID_BITS:
+        raise ValueError(f"grid_bits {grid_bits}: choose {FEWEST_GRID_BITS} to {MOST_GRID_BITS}")
+    network = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    images = calibration.detach().cpu().float()
+    if images.dim() != 4 or not len(images):
+        raise ValueError(f"calibration {tuple(images.shape)}: expected at least one image, (N, C, H, W)")
+    pixels, normalization = _pixels(images, mean, std)
+    with torch.no_grad():
+        traced = _trace(network)
+        ranges = _Ranges(traced)
+        ranges.run(images)
+        lowering = _Lowering(traced, ranges.found, Builder(tuple(pixels.shape[1:]), grid_bits), normalization)
+        operations, scale = lowering.run()
+    program = IntegerProgram(operations, tuple(pixels.shape[1:]), scale)
+    return replace(program, reached=_reached(program, pixels))
+
+
+def _pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Array, tuple[Array, Array]]:
+    # pixels of normalised images; gain and offset of each channel
+    values = np.asarray(images, np.float64)
+    means, stds = np.asarray(mean, np.float64), np.asarray(std, np.float64)
+    if means.shape != (values.shape[1],) or stds.shape != means.shape or not (stds > 0).all():
+        raise ValueError(
+            f"mean {tuple(mean)} and std {tuple(std)}: give a number, std above 0, for each of the calibration's "
+            f"{values.shape[1]} channels"
+        )
+    pixels = (values * stds[:, None, None] + means[:, None, None]) * 255
+    rounded = np.clip(np.round(pixels), 0, 255)
+    if not np.abs(pixels - rounded).max() < 0.5:  # NaN too
+        raise ValueError(
+            f"calibration images are pixels from {pixels.min():.0f} to {pixels.max():.0f} by mean {tuple(mean)} and "
+            f"std {tuple(std)}, not 0 to 255: give those that the images were normalised with"
+        )
+    return rounded.astype(np.uint8), (1 / (255 * stds), -means / stds)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, AnyQuantized) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace(network: nn.Module) -> fx.GraphModule:
+    tracer = _Tracer()
+    try:
+        return fx.GraphModule(network, tracer.trace(network))
+    except Exception as error:  # whatever a user's forward raises when it is traced
+        raise ValueError(
+            f"{type(network).__name__}: torch.fx cannot trace it ({error}); its forward must not branch on its input"
+        ) from error
+
+
+class _Ranges(fx.Interpreter):
+    # smallest and largest value of every tensor of the network
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.found: dict[fx.Node, tuple[float, float]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor) and result.is_floating_point() and result.numel():
+            self.found[n] = float(result.min()), float(result.max())
+        return result
+
+
+def _reached(program: IntegerProgram, pixels: Array) -> tuple[tuple[int, int], ...]:
+    found = [
+        [(int(result.min()), int(result.max())) for result in program.results(pixels[start : start + 16])]
+        for start in range(0, len(pixels), 16)
+    ]
+    return tuple(
+        (min(low for low, _ in of_one), max(high for _, high in of_one)) for of_one in zip(*found, strict=True)
+    )
+
+
+class _Lowering:
+    def __init__(
+        self,
+        traced: fx.GraphModule,
+        ranges: dict[fx.Node, tuple[float, float]],
+        builder: Builder,
+        normalization: tuple[Array, Array],
+    ) -> None:
+        self.traced, self.ranges = traced, ranges
+        self.builder = builder
+        self.pixels = Value(PIXELS, builder.input_shape, *normalization)
+        added = [node for node in traced.graph.nodes if _is_addition(node)]
+        read = [node for node in (*added, *(arg for node in added for arg in node.args)) if node in ranges]
+        largest = max((max(map(abs, ranges[node])) for node in read), default=0.0)
+        self.sum_step = grid_step(2 * largest, builder.grid_bits)
+        self.values: dict[fx.Node, Value] = {}
+
+    def run(self) -> tuple[tuple[Any, ...], float]:
+        """The operations, and the scale of the logits."""
+        for node in self.traced.graph.nodes:
+            if node.op == "placeholder":
+                if self.values:
+                    raise ValueError(f"input {node.target}: a network of one input, images, is supported")
+                value = self.pixels
+            elif node.op == "output":
+                return self._output(node)
+            elif node.op == "get_attr":
+                continue  # whoever reads it is told
+            else:
+                value = self._lower(node)
+            smallest, largest = self.ranges[node]
+            self.values[node] = replace(value, smallest=smallest, largest=largest)
+        raise AssertionError("a traced network has an output")
+
+    def _output(self, node: fx.Node) -> tuple[tuple[Any, ...], float]:
+        (read,) = node.args
+        if not isinstance(read, fx.Node) or read not in self.values:
+            raise ValueError("the network gives more than one tensor: integer programs give logits alone")
+        value = self.values[read]
+        if value.shape[1:] != (1, 1):
+            raise ValueError(f"the network gives {value.shape}: integer programs give logits, (N, classes)")
+        step = float(value.gain) if value.gain.ndim == 0 else None
+        logits = self.builder.on_grid("logits", value, step, ACCUMULATOR_BITS - 1)
+        if logits.source != len(self.builder.operations) - 1:
+            raise ValueError("the network gives a tensor that it computes with further: end it with its logits")
+        return tuple(self.builder.operations), float(logits.gain)
+
+    def _lower(self, node: fx.Node) -> Value:
+        name, called = node.name, node.target
+        if node.op == "call_module":
+            name, called = str(node.target), self.traced.get_submodule(str(node.target))
+        if _is_addition(node):
+            return self._add(name, node)
+        value = self._read(name, node)
+        if isinstance(called, AnyQuantized):
+            return self._layer(name, called, value)
+        if isinstance(called, nn.BatchNorm1d | nn.BatchNorm2d):
+            return self._batch_norm(name, called, value)
+        if isinstance(called, nn.Identity | nn.Dropout | nn.Dropout2d) or called in (F.dropout, "contiguous"):
+            return value
+        if isinstance(called, nn.ReLU) or called in (F.relu, torch.relu, "relu", "relu_"):
+            return self._clip(value, 0.0, np.inf)
+        if isinstance(called, nn.ReLU6) or called is F.relu6:
+            return self._clip(value, 0.0, 6.0)
+        if isinstance(called, nn.MaxPool2d):
+            return self._max_pool(name, called, value)
+        if isinstance(called, nn.AdaptiveAvgPool2d | nn.AvgPool2d):
+            return self._average(name, _average_window(name, called, value.shape), value)
+        if called in (F.adaptive_avg_pool2d,) and node.args[1:] in ((1,), ((1, 1),)):
+            return self._average(name, (value.shape[1:], value.shape[1:]), value)
+        if called in ("mean", torch.mean) and _averages_all(node):
+            return self._average(name, (value.shape[1:], value.shape[1:]), value)
+        if isinstance(called, nn.Flatten) or called in ("flatten", torch.flatten):
+            return self._flatten(name, value)
+        said = f"{type(called).__name__}" if isinstance(called, nn.Module) else getattr(called, "__name__", called)
+        if isinstance(called, nn.Conv2d | nn.Linear):
+            raise ValueError(f"layer {name}: {said} is float; quantize it: quantize(model) without excluding it")
+        raise ValueError(
+            f"layer {name}: {said} has no integer form here; supported between quantized layers: BatchNorm, ReLU, "
+            "ReLU6, max and average pooling, additions, Flatten, Dropout"
+        )
+
+    def _read(self, name: str, node: fx.Node) -> Value:
+        first = node.args[0] if node.args else None
+        others = [read for read in node.all_input_nodes if read is not first]
+        if not isinstance(first, fx.Node) or first not in self.values or others:
+            raise ValueError(f"layer {name}: integer programs support one input tensor for all but additions")
+        return self.values[first]
+
+    def _add(self, name: str, node: fx.Node) -> Value:
+        first, second = node.args[:2]
+        if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)) or node.kwargs:
+            raise ValueError(f"layer {name}: integer programs add two tensors of the network, not a constant")
+        values = self.values[first], self.values[second]
+        sizes = {value.shape for value in values}
+        if len(sizes) > 1:
+            raise ValueError(f"layer {name}: adds {' and '.join(map(str, sizes))}; integer programs add equal shapes")
+        return self.builder.add(name, values, self.sum_step, all(self._rectifies(reader) for reader in node.users))
+
+    def _rectifies(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.traced.get_submodule(str(node.target)), nn.ReLU)
+        return node.target in (F.relu, torch.relu, "relu", "relu_")
+
+    def _layer(self, name: str, layer: AnyQuantized, value: Value) -> Value:
+        weight = integer_weight(layer)
+        if weight is None:
+            raise ValueError(f"layer {name}: its weight is float; give it 2 to 8 bits")
+        numerators = np.asarray(weight.numerators)
+        options = _convolution_options(name, layer)
+        weight_OIHW = numerators if numerators.ndim == 4 else numerators[:, :, None, None]
+        if isinstance(layer, nn.Linear) and value.shape[1:] != (1, 1):
+            raise ValueError(f"layer {name}: a linear layer on images {value.shape}; flatten them before it")
+        terms = shift_terms(torch.from_numpy(weight_OIHW))
+        row = int((terms.added + terms.subtracted).flatten(1).sum(1).max())
+        quantizing = quantizes_input(layer)
+        if quantizing is not None:
+            source, unit = self._quantized_input(name, quantizing, value)
+        else:
+            value = self._float_input(name, layer, value, row)
+            source, unit = value.source, float(value.gain)
+        low, high = self.builder.bounds(source)
+        largest = max(abs(low), abs(high))
+        largest_sum = row * largest
+        if largest_sum >= (1 << ACCUMULATOR_BITS) - 1:
+            raise ValueError(
+                f"layer {name}: accumulator up to {largest_sum}, int32 holds less than 2^{ACCUMULATOR_BITS}; use "
+                "fewer bits or levels of a smaller denominator"
+            )
+        low, high = _sum_bounds(weight_OIHW, min(low, 0), max(high, 0))
+        shape = _convolved(self.builder.shape(source), weight_OIHW, options)
+        sums = Convolution(name, (source,), shape, low, high, weight_OIHW, **options, largest_sum=largest_sum)
+        number = self.builder.append(sums)
+        bias = layer.bias
+        offset = np.array(0.0) if bias is None else np.asarray(bias, np.float64)
+        return Value(number, shape, np.asarray(weight.unit(0)) * unit, offset)
+
+    def _quantized_input(self, name: str, layer: QuantConv2d | QuantLinear, value: Value) -> tuple[int, float]:
+        spec = layer.spec
+        assert layer.act_alpha is not None
+        unit = float(threshold_in_use(layer.act_alpha).double()) / spec.act_set.denominator
+        # uniform levels that go on below 0: to twice what the calibration reached
+        lowest = -(1 << int(np.ceil(2 * max(-value.smallest, 0) / unit)).bit_length())
+
+        def quantizer(x: Array) -> Array:
+            codes = integer_input(layer, torch.from_numpy(np.ascontiguousarray(x)))
+            assert codes is not None
+            return np.maximum(np.asarray(codes.numerators), lowest) if goes_on else np.asarray(codes.numerators)
+
+        def levels(first: int) -> list[int]:
+            if goes_on and first < 0:
+                return list(range(first, spec.act_set.denominator + 1))
+            return list(spec.act_set.signed_numerators if spec.act_signed else spec.act_set.numerators)
+
+        goes_on = not spec.act_signed and keeps_negatives(spec.act_set, layer.input_clip, signed=False)
+        return self.builder.quantize(name, value, quantizer, levels), unit
+
+    def _float_input(self, name: str, layer: AnyQuantized, value: Value, row: int) -> Value:
+        # as many bits as the sums leave
+        bits = min(ACCUMULATOR_BITS - row.bit_length(), self.builder.grid_bits)
+        if getattr(layer, "relu", False):
+            value = self._clip(value, 0.0, np.inf)
+        if value.source == PIXELS and value.low == -np.inf and not value.pools:
+            return self.builder.look_up(name, value, bits)
+        return self.builder.on_grid(name, value, bits=bits)
+
+    def _batch_norm(self, name: str, norm: nn.BatchNorm1d | nn.BatchNorm2d, value: Value) -> Value:
+        if norm.running_mean is None or norm.running_var is None:
+            raise ValueError(f"layer {name}: batch norm without running statistics; integer programs need them")
+        value = self._unclipped(name, value)
+        mean, var = (np.asarray(part, np.float64) for part in (norm.running_mean, norm.running_var))
+        gain = 1 / np.sqrt(var + norm.eps)
+        if norm.weight is not None:
+            gain = gain * np.asarray(norm.weight, np.float64)
+        offset = -mean * gain if norm.bias is None else np.asarray(norm.bias, np.float64) - mean * gain
+        return value.affine(gain, offset)
+
+    def _clip(self, value: Value, low: float, high: float) -> Value:
+        # a ReLU may overtake a max pooling
+        low, high = np.clip((low, high), value.low, value.high)
+        return replace(value, low=float(low), high=float(high))
+
+    def _max_pool(self, name: str, pool: nn.MaxPool2d, value: Value) -> Value:
+        if pool.ceil_mode or pool.return_indices or _pair(pool.dilation) != (1, 1):
+            raise ValueError(f"layer {name}: max pooling with ceil_mode, dilation or indices is not supported")
+        window = {"kernel": _pair(pool.kernel_size), "stride": _pair(pool.stride), "padding": _pair(pool.padding)}
+        channels, *size = value.shape
+        height, wide = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, *window.values(), strict=True))
+        return replace(value, pools=(*value.pools, window), shape=(channels, height, wide))
+
+    def _average(self, name: str, window: tuple[Any, Any], value: Value) -> Value:
+        kernel, stride = map(tuple, window)
+        bits = min(ACCUMULATOR_BITS - int(np.prod(kernel)).bit_length(), self.builder.grid_bits)
+        value = self.builder.on_grid(name, value, bits=bits)
+        number = self.builder.pool(name, value.source, "sum", kernel=kernel, stride=stride)
+        gain = value.gain / np.prod(kernel)
+        return Value(number, self.builder.shape(number), gain, np.array(0.0))
+
+    def _flatten(self, name: str, value: Value) -> Value:
+        if value.shape[1:] == (1, 1):
+            return value
+        if value.pools:
+            value = self.builder.on_grid(name, value)
+        channels, *size = value.shape
+        count = int(np.prod(size))
+        shape = (channels * count, 1, 1)
+        number = self.builder.append(Flatten(name, (value.source,), shape, *self.builder.bounds(value.source)))
+        gain, offset = (np.repeat(part, count) if part.ndim else part for part in (value.gain, value.offset))
+        return replace(value, source=number, shape=shape, gain=gain, offset=offset)
+
+    def _unclipped(self, name: str, value: Value) -> Value:
+        is_clipped = np.isfinite(value.low) or np.isfinite(value.high)
+        return self.builder.on_grid(name, value) if is_clipped or value.pools else value
+
+
+def quantizes_input(layer: AnyQuantized) -> QuantConv2d | QuantLinear | None:
+    """The layer if its input is quantized; of 8-bit first and last layers it is float."""
+    return layer if isinstance(layer, QuantConv2d | QuantLinear) and layer.act_alpha is not None else None
+
+
+def _sum_bounds(weight_OIHW: Array, low: int, high: int) -> tuple[int, int]:
+    # smallest and largest Σ w x of any channel
+    positive, negative = np.maximum(weight_OIHW, 0), np.minimum(weight_OIHW, 0)
+    axes = (1, 2, 3)
+    least = (positive * low + negative * high).sum(axes).min()
+    return int(least), int((positive * high + negative * low).sum(axes).max())
+
+
+def _convolved(shape: tuple[int, int, int], weight_OIHW: Array, options: dict[str, Any]) -> tuple[int, int, int]:
+    outputs, _, *kernel = weight_OIHW.shape
+    spans = [d * (k - 1) + 1 for d, k in zip(options["dilation"], kernel, strict=True)]
+    pairs = zip(shape[1:], spans, options["padding"], options["stride"], strict=True)
+    height, wide = ((n + 2 * p - span) // s + 1 for n, span, p, s in pairs)
+    return outputs, height, wide
+
+
+def _convolution_options(name: str, layer: AnyQuantized) -> dict[str, Any]:
+    if isinstance(layer, nn.Linear):
+        return {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        raise ValueError(f"layer {name}: padding_mode {layer.padding_mode!r}; integer programs pad zeros")
+    if isinstance(padding, str):
+        spans = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        if padding == "same" and any(span % 2 for span in spans):
+            raise ValueError(f"layer {name}: padding 'same' of an even kernel; give the padding as a number")
+        padding = tuple(span // 2 for span in spans) if padding == "same" else (0, 0)
+    return {
+        "stride": tuple(layer.stride),
+        "padding": tuple(padding),
+        "dilation": tuple(layer.dilation),
+        "groups": layer.groups,
+    }
+
+
+def _average_window(name: str, pool: nn.Module, shape: tuple[int, int, int]) -> tuple[Any, Any]:
+    if isinstance(pool, nn.AdaptiveAvgPool2d):
+        size = [shape[1 + i] if given is None else given for i, given in enumerate(_pair(pool.output_size))]
+        if any(n % into for n, into in zip(shape[1:], size, strict=True)):
+            raise ValueError(f"layer {name}: {shape[1:]} averaged into {size}; sizes must divide evenly")
+        kernel = tuple(n // into for n, into in zip(shape[1:], size, strict=True))
+        return kernel, kernel
+    assert isinstance(pool, nn.AvgPool2d)
+    if pool.ceil_mode or _pair(pool.padding) != (0, 0) or pool.divisor_override:
+        raise ValueError(f"layer {name}: average pooling with padding, ceil_mode or a divisor is not supported")
+    return _pair(pool.kernel_size), _pair(pool.stride)
+
+
+def _averages_all(node: fx.Node) -> bool:
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return isinstance(dims, list | tuple) and sorted(int(d) % 4 for d in dims) == [2, 3]
+
+
+def _is_addition(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and node.target in (
+        operator.add,
+        operator.iadd,
+        torch.add,
+        "add",
+        "add_",
+    )
+
+
+def _pair(size: Any) -> tuple[Any, Any]:
+    return tuple(size) if isinstance(size, tuple | list) else (size, size)

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from apot_fat import integer_program, quantize
+from apot_fat.data.normalization import CIFAR_APOT
+from apot_fat.integer.program import Add, Convolution, Rescale, Thresholds
+from apot_fat.models import create_model
+from apot_fat.quant import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear, preset
+from tests.integer.networks import MEAN, NORMALIZATION, STD, Residual, normalized, random_pixels, with_statistics
+
+if TYPE_CHECKING:
+    from tests.export.conftest import Released
+
+
+def of_images(model: nn.Module, pixels: np.ndarray) -> np.ndarray:
+    """The network's logits in float64."""
+    mean, std = (torch.tensor(part, dtype=torch.float64)[:, None, None] for part in (MEAN, STD))
+    x = (torch.from_numpy(pixels).double() / 255 - mean) / std
+    with torch.no_grad():
+        return copy.deepcopy(model).double()(x).numpy()
+
+
+VARIANTS = [
+    ("apot-cifar", 2),
+    ("apot-cifar", 3),
+    ("apot-imagenet-pot", 3),
+    ("apot-imagenet-uniform", 4),
+    ("fat-cifar", 4),
+    ("lsq", 3),
+    ("pact", 2),
+]
+
+
+@pytest.mark.parametrize(("name", "bits"), VARIANTS)
+def test_without_additions_and_float_inputs_logits_are_exact(name: str, bits: int) -> None:
+    standardized = {} if name in ("lsq", "pact") else {"weight_alpha": 2.913}
+    spec = preset(name, bits=bits, act_alpha=1.937, **standardized)  # no value lies on a threshold
+    model = nn.Sequential(
+        QuantConv2d(3, 8, 3, padding=1, spec=spec),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        QuantConv2d(8, 8, 3, stride=2, padding=1, groups=4, bias=True, spec=spec),
+        nn.BatchNorm2d(8),
+        nn.MaxPool2d(3, 1, 1),
+        QuantConv2d(8, 8, 1, spec=spec, relu=True),
+        nn.ReLU6(),
+        nn.Flatten(),
+        QuantLinear(8 * 9, 5, bias=False, spec=spec),
+    )
+    pixels = random_pixels(20, 12)
+    model = with_statistics(model, normalized(pixels))
+    program = integer_program(model, normalized(pixels[:10]), **NORMALIZATION)
+    wanted = of_images(model, pixels)
+    assert len({row.tobytes() for row in wanted}) > 1
+    np.testing.assert_allclose(program.run(pixels) * program.logit_scale, wanted, rtol=1e-12, atol=1e-12)
+    assert not any(isinstance(operation, Rescale) for operation in program.operations)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("apot-cifar", 4), ("fat-imagenet", 3), ("uniform-mobilenet", 4)])
+def test_additions_are_as_exact_as_their_grid(name: str, bits: int) -> None:
+    pixels = random_pixels(24, 8)
+    model = with_statistics(Residual(name, bits), normalized(pixels))
+    wanted = of_images(model, pixels)
+    program = integer_program(model, normalized(pixels), **NORMALIZATION, grid_bits=26)
+    errors = np.abs(program.run(pixels) * program.logit_scale - wanted).max(1) / np.abs(wanted).max()
+    # an image of which a code lies so near its threshold that the grid turns it is one of few
+    assert np.mean(errors < 1e-4) > 0.8
+    coarse = integer_program(model, normalized(pixels), **NORMALIZATION, grid_bits=15)
+    assert np.median(np.abs(coarse.run(pixels) * coarse.logit_scale - wanted).max(1) / np.abs(wanted).max()) < 0.05
+    assert all(operation.bits <= 16 for operation in coarse.operations if isinstance(operation, Add))
+
+
+FAMILIES = [
+    ("resnet20", "apot-cifar", 3, 8),
+    ("resnet20", "fat-cifar", 4, 8),
+    ("vgg_small", "fat-cifar", 3, 16),
+    ("mobilenet_v2_x0_35", "apot-imagenet", 4, 32),
+    ("mobilenet_v2_x0_35", "fat-imagenet", 4, 32),
+    ("resnet18", "apot-imagenet", 3, 32),
+]
+
+
+@pytest.mark.parametrize(("architecture", "name", "bits", "size"), FAMILIES)
+def test_every_family_computes_its_network(architecture: str, name: str, bits: int, size: int) -> None:
+    pixels = random_pixels(8, size)
+    model = with_statistics(create_model(architecture, name, bits, num_classes=5), normalized(pixels))
+    wanted = of_images(model, pixels)
+    program = integer_program(model, normalized(pixels), **NORMALIZATION, grid_bits=26)
+    errors = np.linalg.norm(program.run(pixels) * program.logit_scale - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert np.median(errors) < 5e-3  # a last layer of thousands of inputs leaves them 14 bits
+
+
+def test_a_network_of_its_own_is_quantized_and_lowered() -> None:
+    pixels = random_pixels(32, 8)
+    images = normalized(pixels)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(8),  # after a maximum: read from the grid
+        nn.Conv2d(8, 16, 3, padding="same"),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(64, 16),
+        nn.BatchNorm1d(16),
+        nn.ReLU6(),
+        nn.Linear(16, 5),
+    )
+    model = with_statistics(model, images)
+    quantize(model, bits=4, method="apot", calibration=images)
+    wanted = of_images(model, pixels)
+    program = integer_program(model, images, **NORMALIZATION)
+    errors = np.linalg.norm(program.run(pixels) * program.logit_scale - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert np.median(errors) < 1e-3
+    table = program.table().splitlines()
+    assert len(table) == 2 + len(program.operations)
+    assert table[0].split()[:3] == ["layer", "operation", "result"]
+
+
+def test_widths_are_those_that_are_reached_and_proven() -> None:
+    pixels = random_pixels(8, 8)
+    model = with_statistics(create_model("resnet20", "apot-cifar", 3), normalized(pixels))
+    program = integer_program(model, normalized(pixels), **NORMALIZATION)
+    for operation, reached in zip(program.operations, program.reached, strict=True):
+        assert operation.low <= reached[0] <= reached[1] <= operation.high
+        assert operation.bits <= 32
+    results = list(program.results(pixels))
+    assert program.reached == tuple((int(result.min()), int(result.max())) for result in results)
+    sums = [operation for operation in program.operations if isinstance(operation, Convolution)]
+    assert len(sums) == 22
+
+    assert max(operation.weight_bits for operation in sums[1:-1]) == 3  # −3 … 3
+    thresholds = [operation for operation in program.operations if isinstance(operation, Thresholds)]
+    assert {operation.levels for operation in thresholds} == {(0, 1, 2, 3, 4, 6, 8, 10)}
+    # behind an addition one row serves all channels
+    assert {len(operation.thresholds_CT) for operation in thresholds} == {1, 16, 32, 64}
+
+
+class _Two(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+class _Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def last(*modules: nn.Module) -> nn.Module:
+    return nn.Sequential(EightBitConv2d(3, 4, 3), *modules).eval()
+
+
+REFUSED = [
+    (nn.Sequential(nn.Conv2d(3, 4, 3)), "layer 0: Conv2d is float; quantize it"),
+    (last(nn.Sigmoid()), "layer 1: Sigmoid has no integer form here; supported between"),
+    (last(QuantConv2d(4, 4, 3, spec=preset("apot-cifar", bits=32))), "layer 1: its weight is float; give it 2 to 8"),
+    (last(QuantConv2d(4, 4, 3, padding=1, padding_mode="circular")), "layer 1: padding_mode 'circular'; integer"),
+    (last(nn.AdaptiveAvgPool2d(5)), r"layer 1: \(6, 6\) averaged into \[5, 5\]; sizes must divide evenly"),
+    (last(nn.AvgPool2d(2, padding=1)), "layer 1: average pooling with padding"),
+    (last(nn.MaxPool2d(2, ceil_mode=True)), "layer 1: max pooling with ceil_mode"),
+    (last(EightBitLinear(6, 2)), r"layer 1: a linear layer on images \(4, 6, 6\); flatten them"),
+    (last(nn.BatchNorm2d(4, track_running_stats=False)), "layer 1: batch norm without running statistics"),
+    (last(nn.ReLU()), r"the network gives \(4, 6, 6\): integer programs give logits"),
+    (_Two(), "the network gives more than one tensor"),
+    (_Branching(), "_Branching: torch.fx cannot trace it"),
+    (last(QuantConv2d(4, 4, 6, spec=preset("fat-cifar-log", bits=5)), nn.Flatten()), r"layer 1: accumulator up to \d+"),
+]
+
+
+@pytest.mark.parametrize(("model", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
+def test_what_has_no_integer_form_is_one_line_that_names_it(model: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        integer_program(model, normalized(random_pixels(2, 8)), **NORMALIZATION)
+    assert "\n" not in str(raised.value)
+
+
+def test_calibration_that_is_not_made_of_pixels_is_refused() -> None:
+    model, images = create_model("resnet20", bits=3), normalized(random_pixels(2, 8))
+    with pytest.raises(ValueError, match=r"calibration images are pixels from .* not 0 to 255"):
+        integer_program(model, 3 * images, **NORMALIZATION)
+    with pytest.raises(ValueError, match="give a number, std above 0, for each of the calibration's 3 channels"):
+        integer_program(model, images, mean=(0.5,), std=(0.5,))
+    with pytest.raises(ValueError, match=r"calibration \(3, 8, 8\): expected at least one image"):
+        integer_program(model, images[0], **NORMALIZATION)
+    with pytest.raises(ValueError, match="grid_bits 40: choose 8 to 26"):
+        integer_program(model, images, **NORMALIZATION, grid_bits=40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "least"), [(3, 945), (4, 939)])
+def test_released_networks_keep_their_accuracy(released: Released, bits: int, least: int) -> None:
+    model, images, labels = released(bits)
+    mean, std = CIFAR_APOT
+    program = integer_program(model, images[:100], mean=mean, std=std)
+    pixels = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    logits = program.run((pixels * 255).round().byte().numpy())
+    correct = int((logits.argmax(1) == labels.numpy()).sum())
+    print(f"\n{bits} bits: {correct} of {len(labels)} right\n{program.table()}")
+    assert correct >= least
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_released_networks_give_the_classes_of_pytorch(released: Released, bits: int) -> None:
+    model, images, _ = released(bits)
+    images = images[:12]
+    mean, std = CIFAR_APOT
+    program = integer_program(model, images, mean=mean, std=std)
+    pixels = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    logits = program.run((pixels * 255).round().byte().numpy())
+    wanted = model(images).numpy()
+    # in all images but few a code lies so near its threshold that the first layer's table or the grid turns it
+    assert np.abs(logits * program.logit_scale - wanted).max(1).min() < 1e-3
+    assert (logits.argmax(1) == wanted.argmax(1)).sum() >= 11
