@@ -22,7 +22,7 @@ from apot_fat.integer.program import PIXELS, Convolution, Flatten, IntegerProgra
 from apot_fat.integer.values import ACCUMULATOR_BITS, Array, Builder, Value, grid_step
 from apot_fat.quant.fake_quant import keeps_negatives
 from apot_fat.quant.integers import integer_input, integer_weight, shift_terms
-from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.units import threshold_in_use
 
 FEWEST_GRID_BITS, MOST_GRID_BITS = 8, 26
@@ -266,7 +266,7 @@ class _Lowering:
         offset = np.array(0.0) if bias is None else np.asarray(bias, np.float64)
         return Value(number, shape, np.asarray(weight.unit(0)) * unit, offset)
 
-    def _quantized_input(self, name: str, layer: QuantConv2d | QuantLinear, value: Value) -> tuple[int, float]:
+    def _quantized_input(self, name: str, layer: AnyQuantized, value: Value) -> tuple[int, float]:
         spec = layer.spec
         assert layer.act_alpha is not None
         unit = float(threshold_in_use(layer.act_alpha).double()) / spec.act_set.denominator
@@ -344,9 +344,9 @@ class _Lowering:
         return self.builder.on_grid(name, value) if is_clipped or value.pools else value
 
 
-def quantizes_input(layer: AnyQuantized) -> QuantConv2d | QuantLinear | None:
+def quantizes_input(layer: AnyQuantized) -> AnyQuantized | None:
     """The layer if its input is quantized; of 8-bit first and last layers it is float."""
-    return layer if isinstance(layer, QuantConv2d | QuantLinear) and layer.act_alpha is not None else None
+    return None if layer.act_alpha is None else layer
 
 
 def _sum_bounds(weight_OIHW: Array, low: int, high: int) -> tuple[int, int]:

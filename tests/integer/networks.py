@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apot_fat.quant import EightBitConv2d, EightBitLinear, QuantConv2d, preset
+from apot_fat.quant import EIGHT_BIT, QuantConv2d, QuantLinear, preset
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -44,7 +44,9 @@ class Residual(nn.Module):
     def __init__(self, name: str, bits: int) -> None:
         super().__init__()
         spec = preset(name, bits=bits, act_alpha=2.0)
-        self.stem = nn.Sequential(EightBitConv2d(3, 8, 3, padding=1, bias=True), nn.BatchNorm2d(8), nn.ReLU())
+        self.stem = nn.Sequential(
+            QuantConv2d(3, 8, 3, padding=1, bias=True, spec=EIGHT_BIT), nn.BatchNorm2d(8), nn.ReLU()
+        )
         self.body = nn.Sequential(
             QuantConv2d(8, 8, 3, padding=1, spec=spec),
             nn.BatchNorm2d(8),
@@ -53,7 +55,7 @@ class Residual(nn.Module):
         )
         self.shortcut = nn.Sequential(QuantConv2d(8, 8, 1, spec=spec), nn.BatchNorm2d(8))
         self.norm = nn.BatchNorm2d(8)
-        self.fc = EightBitLinear(8, 5)
+        self.fc = QuantLinear(8, 5, spec=EIGHT_BIT)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)

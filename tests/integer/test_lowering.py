@@ -12,7 +12,7 @@ from apot_fat import integer_program, quantize
 from apot_fat.data.normalization import CIFAR_APOT
 from apot_fat.integer.program import Add, Convolution, Rescale, Thresholds
 from apot_fat.models import create_model
-from apot_fat.quant import EightBitConv2d, EightBitLinear, QuantConv2d, QuantLinear, preset
+from apot_fat.quant import EIGHT_BIT, QuantConv2d, QuantLinear, preset
 from tests.integer.networks import MEAN, NORMALIZATION, STD, Residual, normalized, random_pixels, with_statistics
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class _Branching(nn.Module):
 
 
 def last(*modules: nn.Module) -> nn.Module:
-    return nn.Sequential(EightBitConv2d(3, 4, 3), *modules).eval()
+    return nn.Sequential(QuantConv2d(3, 4, 3, spec=EIGHT_BIT), *modules).eval()
 
 
 REFUSED = [
@@ -169,7 +169,7 @@ REFUSED = [
     (last(nn.AdaptiveAvgPool2d(5)), r"layer 1: \(6, 6\) averaged into \[5, 5\]; sizes must divide evenly"),
     (last(nn.AvgPool2d(2, padding=1)), "layer 1: average pooling with padding"),
     (last(nn.MaxPool2d(2, ceil_mode=True)), "layer 1: max pooling with ceil_mode"),
-    (last(EightBitLinear(6, 2)), r"layer 1: a linear layer on images \(4, 6, 6\); flatten them"),
+    (last(QuantLinear(6, 2, spec=EIGHT_BIT)), r"layer 1: a linear layer on images \(4, 6, 6\); flatten them"),
     (last(nn.BatchNorm2d(4, track_running_stats=False)), "layer 1: batch norm without running statistics"),
     (last(nn.ReLU()), r"the network gives \(4, 6, 6\): integer programs give logits"),
     (_Two(), "the network gives more than one tensor"),
