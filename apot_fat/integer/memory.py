@@ -77,7 +77,8 @@ class Memory:
         return smallest_type(operation.low, operation.high)
 
     def _place(self) -> tuple[dict[int, int], dict[str, int]]:
-        # first fit in the order of steps; a sum or a pointwise result may take the place of what it is the last to read
+        # first fit in the order of steps; an addition may take the place of what it is the last to read: where the two
+        # overlap its result begins no later, and is written from its beginning on
         last_read: dict[int, int] = {}
         for step in self.steps:
             for read in self.operations[step].inputs:

@@ -98,6 +98,24 @@ def test_every_family_computes_its_network(architecture: str, name: str, bits: i
     assert np.median(errors) < 5e-3  # a last layer of thousands of inputs leaves them 14 bits
 
 
+def test_thresholds_of_one_a_channel_are_factors_of_their_channels() -> None:
+    spec = preset("lsq", bits=4, weight_per_channel=True)
+    model = nn.Sequential(
+        QuantConv2d(3, 8, 3, padding=1, spec=spec),
+        nn.BatchNorm2d(8),
+        QuantConv2d(8, 8, 3, stride=2, spec=spec, relu=True),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),  # of sums in units of their own: read from the grid
+        nn.Flatten(),
+        QuantLinear(8, 5, spec=spec),
+    )
+    pixels = random_pixels(20, 9)
+    model = with_statistics(model, normalized(pixels))
+    program = integer_program(model, normalized(pixels), **NORMALIZATION)
+    errors = np.abs(program.run(pixels) * program.logit_scale - of_images(model, pixels)).max(1)
+    assert np.median(errors) < 1e-5
+
+
 def test_a_network_of_its_own_is_quantized_and_lowered() -> None:
     pixels = random_pixels(32, 8)
     images = normalized(pixels)
