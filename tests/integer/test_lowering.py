@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apot_fat import integer_program, quantize
@@ -175,6 +176,22 @@ class _Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class _InPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu_() + x
+
+
+class _AddsInPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x.add_(x)
+        return x
+
+
+class _Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x)
+
+
 def last(*modules: nn.Module) -> nn.Module:
     return nn.Sequential(EightBitConv2d(3, 4, 3), *modules).eval()
 
@@ -190,6 +207,10 @@ REFUSED = [
     (last(EightBitLinear(6, 2)), r"layer 1: a linear layer on images \(4, 6, 6\); flatten them"),
     (last(nn.BatchNorm2d(4, track_running_stats=False)), "layer 1: batch norm without running statistics"),
     (last(nn.ReLU()), r"the network gives \(4, 6, 6\): integer programs give logits"),
+    (last(nn.Flatten(2)), r"layer 1: gives \(2, 4, 36\); integer programs keep to"),
+    (_InPlace(), "layer relu_: changes in place what others read"),
+    (_AddsInPlace(), "layer add_: changes in place what others read"),
+    (_Dropping(), "layer dropout: dropout has no integer form"),
     (_Two(), "the network gives more than one tensor"),
     (_Branching(), "_Branching: torch.fx cannot trace it"),
     (last(QuantConv2d(4, 4, 6, spec=preset("fat-cifar-log", bits=5)), nn.Flatten()), r"layer 1: accumulator up to \d+"),
