@@ -1,7 +1,8 @@
 """An integer program as C99: one header and one source, without floats, allocation or a library.
 
 A convolution is computed one output channel at a time, its sums in one small buffer, and what reads them follows at
-once. The other results lie in three arrays, one a type, places used again as soon as their last reader is done.
+once. Where the other results lie is ``memory.py``'s; the functions that compute are in ``kernels.c``, one a combination
+of types.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from apot_fat.integer.memory import TYPES, Memory, smallest_type, sums_type
 from apot_fat.integer.program import (
-    PIXELS,
     Add,
     Convolution,
-    Flatten,
     IntegerProgram,
     Lookup,
     Operation,
@@ -33,12 +33,6 @@ from apot_fat.quant.integers import shift_terms
 
 Array = np.ndarray
 Products = Literal["shift", "multiply"]
-_TYPES = {
-    "uint8": (0, 255),
-    "int8": (-128, 127),
-    "int16": (-(1 << 15), (1 << 15) - 1),
-    "int32": (-(1 << 31), (1 << 31) - 1),
-}
 _BYTES = {"uint8": 1, "int8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8}
 _LINE = 110
 
@@ -80,25 +74,21 @@ class _Writer:
     def __init__(self, program: IntegerProgram, name: str, products: Products) -> None:
         self.program, self.name, self.products = program, name, products
         self.operations = program.operations
-        self.readers: dict[int, list[int]] = {}
-        for number, operation in enumerate(self.operations):
-            for read in operation.inputs:
-                self.readers.setdefault(read, []).append(number)
+        self.memory = Memory(program)
         self.kernels: dict[tuple[str, ...], str] = {}
         self.data: list[str] = []
         self.named: dict[tuple[str, str], str] = {}
         self.constants = 0
         self.sums = {"int16": 0, "int32": 0}
-        self.padded = dict.fromkeys(_TYPES, 0)
-        self.places, self.sizes = self._place()
+        self.padded = dict.fromkeys(TYPES, 0)
 
     def write(self) -> CSource:
         """The two texts."""
-        steps = [self._step(number) for number in range(len(self.operations)) if self._is_step(number)]
-        buffers = [f"static {kind}_t {kind}s[{size}];" for kind, size in self.sizes.items() if size]
+        steps = [self._step(number) for number in self.memory.steps]
+        buffers = [f"static {kind}_t {kind}s[{size}];" for kind, size in self.memory.sizes.items() if size]
         buffers += [f"static {kind}_t {kind}_sums[{size}];" for kind, size in self.sums.items() if size]
         buffers += [f"static {kind}_t padded_{kind}[{size}];" for kind, size in self.padded.items() if size]
-        arrays = (self.sizes, self.sums, self.padded)
+        arrays = (self.memory.sizes, self.sums, self.padded)
         ram = sum(_BYTES[kind] * size for sizes in arrays for kind, size in sizes.items())
         order = {kernel: rank for rank, kernel in enumerate(_kernels())}
         kernels = [
@@ -154,85 +144,6 @@ int main(void)
 #endif
 """
 
-    # where results lie
-
-    def _root(self, number: int) -> int:
-        # what a flattened result is another name of
-        while number >= 0 and isinstance(self.operations[number], Flatten):
-            number = self.operations[number].inputs[0]
-        return number
-
-    def _epilogue(self, number: int) -> list[int]:
-        # what reads a convolution's sums, if all of it can follow channel by channel
-        readers = self.readers.get(number, [])
-        operations = [self.operations[reader] for reader in readers]
-        follows = isinstance(self.operations[number], Convolution) and all(
-            isinstance(operation, Thresholds | Rescale) for operation in operations
-        )
-        return readers if follows else []
-
-    def _is_step(self, number: int) -> bool:
-        # Flatten does nothing, and epilogues are done by their convolution
-        operation = self.operations[number]
-        if isinstance(operation, Flatten):
-            return False
-        return not any(read >= 0 and self._epilogue(read) for read in operation.inputs)
-
-    def _written(self, number: int) -> list[int]:
-        return self._epilogue(number) or [number]
-
-    def _type(self, number: int) -> str:
-        number = self._root(number)
-        if number == PIXELS:
-            return "uint8"
-        if number == self._root(len(self.operations) - 1):
-            return "int32"  # the logits
-        operation = self.operations[number]
-        if isinstance(operation, Convolution):
-            return _sums_type(operation)
-        return _smallest_type(operation.low, operation.high)
-
-    def _place(self) -> tuple[dict[int, int], dict[str, int]]:
-        # first fit in the order of steps; a sum or a pointwise result may take the place of what it is the last to read
-        last_read: dict[int, int] = {}
-        steps = [number for number in range(len(self.operations)) if self._is_step(number)]
-        for step in steps:
-            for read in self.operations[step].inputs:
-                last_read[self._root(read)] = step
-        places: dict[int, int] = {}
-        live: dict[int, int] = {}
-        sizes = dict.fromkeys(_TYPES, 0)
-        logits = self._root(len(self.operations) - 1)
-        for step in steps:
-            if isinstance(self.operations[step], Add):
-                live = {number: end for number, end in live.items() if end > step}
-            for number in self._written(step):
-                if number == logits:
-                    continue
-                kind, size = self._type(number), int(np.prod(self.operations[number].shape))
-                taken = sorted((places[other], self._end(other, places)) for other in live if self._type(other) == kind)
-                start = 0
-                for low, high in taken:
-                    if start + size <= low:
-                        break
-                    start = max(start, high)
-                places[number] = start
-                live[number] = last_read.get(number, step)
-                sizes[kind] = max(sizes[kind], start + size)
-            live = {number: end for number, end in live.items() if end > step}
-        return places, sizes
-
-    def _end(self, number: int, places: dict[int, int]) -> int:
-        return places[number] + int(np.prod(self.operations[number].shape))
-
-    def _pointer(self, number: int) -> str:
-        number = self._root(number)
-        if number == PIXELS:
-            return "pixels"
-        if number == self._root(len(self.operations) - 1):
-            return "logits"
-        return f"{self._type(number)}s + {self.places[number]}"
-
     # what is written
 
     def _kernel(self, kernel: str, **values: str) -> str:
@@ -256,8 +167,15 @@ int main(void)
         elif isinstance(operation, Add):
             first, second = operation.inputs
             self._kernel("clipped")
-            kernel = self._kernel("plus", x=self._type(first), t=self._type(second), y=self._type(number))
-            arguments = (self._pointer(number), self._pointer(first), self._pointer(second), _size(operation))
+            kernel = self._kernel(
+                "plus", x=self.memory.type(first), t=self.memory.type(second), y=self.memory.type(number)
+            )
+            arguments = (
+                self.memory.pointer(number),
+                self.memory.pointer(first),
+                self.memory.pointer(second),
+                _size(operation),
+            )
             body = [_call(f"plus_{kernel}", *arguments, operation.low, operation.high)]
         elif isinstance(operation, Pool):
             body = self._pool(number, operation)
@@ -273,9 +191,9 @@ int main(void)
         is_one_row = _rows(operation) == 1 and not isinstance(operation, Lookup)
         if is_one_row:
             channels, plane = 1, channels * plane
-        x, y = self._type(read), self._type(number)
+        x, y = self.memory.type(read), self.memory.type(number)
         call, steps = self._channel(operation, x, y, "x", "y", plane)
-        body = [f"const {x}_t *x = {self._pointer(read)};", f"{y}_t *y = {self._pointer(number)};"]
+        body = [f"const {x}_t *x = {self.memory.pointer(read)};", f"{y}_t *y = {self.memory.pointer(number)};"]
         if channels == 1:
             return ["{", *(f"    {line}" for line in (*body, *steps.declared, call)), "}"]
         advanced = [f"x += {plane}, y += {plane}", *steps.advanced]
@@ -294,7 +212,7 @@ int main(void)
         advances = _rows(operation) > 1
         if isinstance(operation, Thresholds):
             rows = operation.thresholds_CT
-            t = _smallest_type(int(rows.min(initial=0)), int(rows.max(initial=0)), ("int8", "int16", "int32"))
+            t = smallest_type(int(rows.min(initial=0)), int(rows.max(initial=0)), ("int8", "int16", "int32"))
             kernel = self._kernel("levels", x=x, t=t, y=y)
             levels = self._array(y, operation.levels, "levels")
             listed = rows.ravel().tolist() or [0]
@@ -327,10 +245,10 @@ int main(void)
         (read,) = operation.inputs
         _, out_height, out_width = operation.shape
         plane = out_height * out_width
-        x = self._type(read)
-        epilogue = self._epilogue(number)
-        y = _sums_type(operation) if epilogue else self._type(number)
-        height, width = self._shape(read)[1:]
+        x = self.memory.type(read)
+        epilogue = self.memory.epilogue(number)
+        y = sums_type(operation) if epilogue else self.memory.type(number)
+        height, width = self.memory.shape(read)[1:]
         (top, left), (down, right) = operation.padding, operation.stride
         in_runs = bool(epilogue) and (down, right) == (1, 1) and (out_height, out_width) == (height, width)
         pitch = width + left if in_runs else width
@@ -351,7 +269,7 @@ int main(void)
         )
         body = [
             f"static const struct convolution c = {{{', '.join(map(str, fields))}}};",
-            f"const {x}_t *x = {self._pointer(read)};",
+            f"const {x}_t *x = {self.memory.pointer(read)};",
             f"struct reader weights = {{{packed}, 0, 0}};",
         ]
         if epilogue:
@@ -360,14 +278,14 @@ int main(void)
             self.padded[x] = max(self.padded[x], height * pitch + 2 * left if in_runs else 0)
             inner, after = [], []
             for index, follower in enumerate(epilogue):
-                kind, tag = self._type(follower), f"y{index}"
+                kind, tag = self.memory.type(follower), f"y{index}"
                 call, steps = self._channel(self.operations[follower], y, kind, sums, tag, plane)
-                body += [f"{kind}_t *{tag} = {self._pointer(follower)};", *steps.declared]
+                body += [f"{kind}_t *{tag} = {self.memory.pointer(follower)};", *steps.declared]
                 inner.append(call)
                 after += [f"{tag} += {plane};", *(f"{step};" for step in steps.advanced)]
         else:
             sums, inner, after = "y", [], [f"y += {plane};"]
-            body.append(f"{y}_t *y = {self._pointer(number)};")
+            body.append(f"{y}_t *y = {self.memory.pointer(number)};")
         if in_runs:
             computed = _call(f"runs_{x}_{y}", sums, f"padded_{x}", "x", "&c", "&weights")
         else:
@@ -438,9 +356,9 @@ for (shift = 0; w.added | w.subtracted; shift++, w.added >>= 1, w.subtracted >>=
 
     def _pool(self, number: int, operation: Pool) -> list[str]:
         (read,) = operation.inputs
-        channels, height, width = self._shape(read)
+        channels, height, width = self.memory.shape(read)
         is_sum = operation.kind == "sum"
-        x, y = self._type(read), self._type(number)
+        x, y = self.memory.type(read), self.memory.type(number)
         self._kernel("window")
         self._kernel(
             "pool",
@@ -458,11 +376,8 @@ for (shift = 0; w.added | w.subtracted; shift++, w.added >>= 1, w.subtracted >>=
             *(-top, -left, -top * width),
             *operation.shape[1:],
         )
-        call = _call(f"{operation.kind}_{x}_{y}", self._pointer(number), self._pointer(read), "&w")
+        call = _call(f"{operation.kind}_{x}_{y}", self.memory.pointer(number), self.memory.pointer(read), "&w")
         return ["{", f"    static const struct window w = {{{', '.join(map(str, fields))}}};", f"    {call}", "}"]
-
-    def _shape(self, number: int) -> tuple[int, int, int]:
-        return self.program.input_shape if number == PIXELS else self.operations[number].shape
 
 
 @dataclass(frozen=True)
@@ -495,14 +410,6 @@ def _kernels() -> dict[str, str]:
     text = (Path(__file__).parent / "kernels.c").read_text(encoding="utf-8")
     parts = re.split(r"^/\* kernel: (\w+) \*/\n", text, flags=re.MULTILINE)[1:]
     return dict(zip(parts[::2], (part.rstrip("\n") + "\n" for part in parts[1::2]), strict=True))
-
-
-def _smallest_type(low: int, high: int, among: Iterable[str] = _TYPES) -> str:
-    return next(kind for kind in among if _TYPES[kind][0] <= low and high <= _TYPES[kind][1])
-
-
-def _sums_type(operation: Convolution) -> str:
-    return "int16" if operation.largest_sum < 1 << 15 else "int32"
 
 
 def _rows(operation: Operation) -> int:

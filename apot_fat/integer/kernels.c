@@ -1,3 +1,8 @@
+/*
+ * The functions that a program in C is made of, as templates of Python's string.Template: ${x} and ${y} are the types of
+ * input and output, ${t} that of thresholds or of a second input. c.py writes those that a program calls, in this order.
+ */
+
 /* kernel: clipped */
 static int32_t clipped(int64_t x, int32_t low, int32_t high)
 {

@@ -11,7 +11,7 @@ import copy
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -106,16 +106,22 @@ def _trace(network: nn.Module) -> fx.GraphModule:
         ) from error
 
 
+class _Seen(NamedTuple):
+    # a tensor of the float network on the calibration
+    smallest: float
+    largest: float
+    shape: tuple[int, ...]
+
+
 class _Ranges(fx.Interpreter):
-    # smallest and largest value of every tensor of the network
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__(traced)
-        self.found: dict[fx.Node, tuple[float, float]] = {}
+        self.found: dict[fx.Node, _Seen] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor) and result.is_floating_point() and result.numel():
-            self.found[n] = float(result.min()), float(result.max())
+            self.found[n] = _Seen(float(result.min()), float(result.max()), tuple(result.shape))
         return result
 
 
@@ -133,16 +139,16 @@ class _Lowering:
     def __init__(
         self,
         traced: fx.GraphModule,
-        ranges: dict[fx.Node, tuple[float, float]],
+        seen: dict[fx.Node, _Seen],
         builder: Builder,
         normalization: tuple[Array, Array],
     ) -> None:
-        self.traced, self.ranges = traced, ranges
+        self.traced, self.seen = traced, seen
         self.builder = builder
         self.pixels = Value(PIXELS, builder.input_shape, *normalization)
         added = [node for node in traced.graph.nodes if _is_addition(node)]
-        read = [node for node in (*added, *(arg for node in added for arg in node.args)) if node in ranges]
-        largest = max((max(map(abs, ranges[node])) for node in read), default=0.0)
+        read = [node for node in (*added, *(arg for node in added for arg in node.args)) if node in seen]
+        largest = max((max(-seen[node].smallest, seen[node].largest) for node in read), default=0.0)
         self.sum_step = grid_step(2 * largest, builder.grid_bits)
         self.values: dict[fx.Node, Value] = {}
 
@@ -159,7 +165,11 @@ class _Lowering:
                 continue  # whoever reads it is told
             else:
                 value = self._lower(node)
-            smallest, largest = self.ranges[node]
+            smallest, largest, shape = self.seen[node]
+            if (*shape[1:], 1, 1)[:3] != value.shape or len(shape) not in (2, 4):
+                raise ValueError(
+                    f"layer {_name(node)}: gives {shape}; integer programs keep to (N, C, H, W), or (N, C) when flat"
+                )
             self.values[node] = replace(value, smallest=smallest, largest=largest)
         raise AssertionError("a traced network has an output")
 
@@ -177,9 +187,11 @@ class _Lowering:
         return tuple(self.builder.operations), float(logits.gain)
 
     def _lower(self, node: fx.Node) -> Value:
-        name, called = node.name, node.target
+        name, called = _name(node), node.target
         if node.op == "call_module":
-            name, called = str(node.target), self.traced.get_submodule(str(node.target))
+            called = self.traced.get_submodule(name)
+        if _is_in_place(node, called) and any(len(read.users) > 1 for read in node.all_input_nodes[:1]):
+            raise ValueError(f"layer {name}: changes in place what others read; use the form that gives a new tensor")
         if _is_addition(node):
             return self._add(name, node)
         value = self._read(name, node)
@@ -187,7 +199,11 @@ class _Lowering:
             return self._layer(name, called, value)
         if isinstance(called, nn.BatchNorm1d | nn.BatchNorm2d):
             return self._batch_norm(name, called, value)
-        if isinstance(called, nn.Identity | nn.Dropout | nn.Dropout2d) or called in (F.dropout, "contiguous"):
+        if (
+            isinstance(called, nn.Identity | nn.Dropout | nn.Dropout2d)
+            or called == "contiguous"
+            or _drops_nothing(node)
+        ):
             return value
         if isinstance(called, nn.ReLU) or called in (F.relu, torch.relu, "relu", "relu_"):
             return self._clip(value, 0.0, np.inf)
@@ -400,6 +416,20 @@ def _average_window(name: str, pool: nn.Module, shape: tuple[int, int, int]) -> 
 def _averages_all(node: fx.Node) -> bool:
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     return isinstance(dims, list | tuple) and sorted(int(d) % 4 for d in dims) == [2, 3]
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    is_training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+    return node.target is F.dropout and not is_training
+
+
+def _is_in_place(node: fx.Node, called: Any) -> bool:
+    is_method = node.op == "call_method" and str(called).endswith("_")
+    return is_method or called is operator.iadd or bool(getattr(called, "inplace", node.kwargs.get("inplace", False)))
 
 
 def _is_addition(node: fx.Node) -> bool:

@@ -200,7 +200,10 @@ class Rescale(Operation):
         """The multiples of the other step."""
         (x,) = inputs_NCHW
         factor, addend, shift = (part[:, None, None] for part in (self.factor_C, self.addend_C, self.shift_C))
-        return np.clip(factor * x + addend >> shift, self.low, self.high)
+        product = factor * x + addend
+        if product.size:
+            assert width(int(product.min()), int(product.max())) <= self.product_bits, self.name
+        return np.clip(product >> shift, self.low, self.high)
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,6 +48,22 @@ def plain(name: str, bits: int, **options: Any) -> nn.Module:
     )
 
 
+def all_sizes_stay() -> nn.Module:
+    spec = preset("apot-imagenet", bits=3, act_alpha=2.0)
+    windows: list[dict[str, Any]] = [
+        {"kernel_size": 5, "padding": 2},
+        {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 8},
+        {"kernel_size": (3, 1), "padding": (1, 0)},
+        {"kernel_size": (1, 3), "padding": (0, 1)},
+        {"kernel_size": 1},
+        {"kernel_size": 7, "padding": 9, "dilation": 3},  # wider than the image
+    ]
+    layers: list[nn.Module] = [QuantConv2d(3, 8, 3, padding=1, spec=spec), nn.BatchNorm2d(8)]
+    for window in windows:
+        layers += [QuantConv2d(8, 8, spec=spec, relu=True, **window), nn.BatchNorm2d(8)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), QuantLinear(8, 5, spec=spec))
+
+
 def network(name: str) -> tuple[nn.Module, int]:
     """A network, and the height and width of its images."""
     made: dict[str, Any] = {
@@ -55,6 +71,7 @@ def network(name: str) -> tuple[nn.Module, int]:
         "powers of two": lambda: (plain("apot-imagenet-pot", 4), 16),
         "two's complement": lambda: (plain("lsq", 3), 16),
         "below zero": lambda: (plain("uniform-mobilenet", 4), 16),
+        "sizes stay": lambda: (all_sizes_stay(), 7),
         "residual": lambda: (Residual("apot-cifar", 4), 8),
         "mobilenet": lambda: (create_model("mobilenet_v2_x0_35", "fat-imagenet", 4, num_classes=3), 32),
         "resnet": lambda: (create_model("resnet20", "apot-cifar", 3), 8),
@@ -84,7 +101,9 @@ def run_c(path: Path, pixels: np.ndarray, *flags: str, compiler: str = "gcc") ->
 
 
 @pytest.mark.parametrize("products", get_args(Products))
-@pytest.mark.parametrize("name", ["signed", "powers of two", "two's complement", "below zero", "residual"])
+@pytest.mark.parametrize(
+    "name", ["signed", "powers of two", "two's complement", "below zero", "sizes stay", "residual"]
+)
 def test_c_gives_the_program_s_logits(name: str, products: Products, tmp_path: Path) -> None:
     needs("gcc")
     program, pixels = program_of(name)

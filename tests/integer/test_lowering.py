@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apot_fat import integer_program, quantize
@@ -98,6 +99,24 @@ def test_every_family_computes_its_network(architecture: str, name: str, bits: i
     assert np.median(errors) < 5e-3  # a last layer of thousands of inputs leaves them 14 bits
 
 
+def test_thresholds_of_one_a_channel_are_factors_of_their_channels() -> None:
+    spec = preset("lsq", bits=4, weight_per_channel=True)
+    model = nn.Sequential(
+        QuantConv2d(3, 8, 3, padding=1, spec=spec),
+        nn.BatchNorm2d(8),
+        QuantConv2d(8, 8, 3, stride=2, spec=spec, relu=True),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),  # of sums in units of their own: read from the grid
+        nn.Flatten(),
+        QuantLinear(8, 5, spec=spec),
+    )
+    pixels = random_pixels(20, 9)
+    model = with_statistics(model, normalized(pixels))
+    program = integer_program(model, normalized(pixels), **NORMALIZATION)
+    errors = np.abs(program.run(pixels) * program.logit_scale - of_images(model, pixels)).max(1)
+    assert np.median(errors) < 1e-5
+
+
 def test_a_network_of_its_own_is_quantized_and_lowered() -> None:
     pixels = random_pixels(32, 8)
     images = normalized(pixels)
@@ -157,6 +176,22 @@ class _Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class _InPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu_() + x
+
+
+class _AddsInPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x.add_(x)
+        return x
+
+
+class _Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x)
+
+
 def last(*modules: nn.Module) -> nn.Module:
     return nn.Sequential(QuantConv2d(3, 4, 3, spec=EIGHT_BIT), *modules).eval()
 
@@ -172,6 +207,10 @@ REFUSED = [
     (last(QuantLinear(6, 2, spec=EIGHT_BIT)), r"layer 1: a linear layer on images \(4, 6, 6\); flatten them"),
     (last(nn.BatchNorm2d(4, track_running_stats=False)), "layer 1: batch norm without running statistics"),
     (last(nn.ReLU()), r"the network gives \(4, 6, 6\): integer programs give logits"),
+    (last(nn.Flatten(2)), r"layer 1: gives \(2, 4, 36\); integer programs keep to"),
+    (_InPlace(), "layer relu_: changes in place what others read"),
+    (_AddsInPlace(), "layer add_: changes in place what others read"),
+    (_Dropping(), "layer dropout: dropout has no integer form"),
     (_Two(), "the network gives more than one tensor"),
     (_Branching(), "_Branching: torch.fx cannot trace it"),
     (last(QuantConv2d(4, 4, 6, spec=preset("fat-cifar-log", bits=5)), nn.Flatten()), r"layer 1: accumulator up to \d+"),
