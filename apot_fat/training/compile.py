@@ -88,8 +88,8 @@ class _CompiledNetwork(nn.Module):
 
     def _announce(self, x: Tensor) -> None:
         # a minute without a sign of life is long; PyTorch keeps what it compiled on disk
-        graph = self.training, x.shape
+        graph = self.model.training, x.shape
         if graph not in self.announced and self.graph is not self.model:
             self.announced.add(graph)
-            purpose, shape = "training" if self.training else "evaluation", " × ".join(map(str, x.shape))
+            purpose, shape = "training" if self.model.training else "evaluation", " × ".join(map(str, x.shape))
             log.info("compiling the network for %s on %s: up to minutes the first time, less the next", purpose, shape)

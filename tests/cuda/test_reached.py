@@ -47,8 +47,10 @@ NOT_REACHED = {
     ],
     "on the CPU by what they are: copies of networks for export (test_networks.py exports one), products of bytes": [
         "export.*",
+        "integer.*",
         "quant.fast.byte_product:*",
         "quant.fast.codes:activation_codes",
+        "quant.fast.projection:codes_from_table",
         "quant.fast.kept:byte_weight",
         "quant.integers:integer_input",
     ],

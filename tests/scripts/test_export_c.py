@@ -70,7 +70,7 @@ def test_what_cannot_be_c_is_one_line(run: Run, network: Path, tiny_npz: Images,
 def test_digits_fit_into_a_small_processor(run: Run) -> None:
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed: apt-get install gcc")
-    recipe = ROOT / "configs/digits/vgg_tiny_apot.toml"
+    recipe = ROOT / "configs/digits/vggtiny_apot.toml"
     assert run("progressive.py", "--config", recipe, "--output", "digits")[0] == 0
     line = ("--to", "c", "--grid-bits", 15, "--data", "digits", "--output", "digits.c")
     assert run("export.py", "digits/vgg_tiny_3bit/model_best.pth.tar", *line)[0] == 0
