@@ -50,7 +50,7 @@ NETWORKS = {
 }
 # FAT's products with a (4096, 4096) transform take minutes here
 EXCLUDED = {("vgg11_bn", "fat"): ["classifier.*"]}
-IN_THE_SUITE = (("squeezenet1_1", "fat"), ("timm vit_tiny", "apot"))
+IN_THE_SUITE = (("squeezenet1_1", "fat"),)
 ALL = [
     pytest.param(name, method, marks=() if (name, method) in IN_THE_SUITE else pytest.mark.slow)
     for name in NETWORKS

@@ -56,7 +56,6 @@ NOT_REACHED = {
     ],
     "compiled code alone": [
         "quant.fast.kernels:_probe",
-        "quant.fast.kernels:_size_class",
         "quant.fast.kept:_keep_for_graphs",
         "quant.fast.kept:kept_weights",
         "quant.fast.projection:_round_to_power_of_two",

@@ -50,7 +50,7 @@ def test_evaluation_resizes_and_crops_the_centre(files: FileSet) -> None:
     torch.testing.assert_close(x[4], vision.pil_to_tensor(expected) / 255)
 
 
-@pytest.mark.parametrize("crop", ["resize-crop", "random-resized-crop"])
+@pytest.mark.parametrize("crop", [pytest.param("resize-crop", marks=pytest.mark.slow), "random-resized-crop"])
 def test_an_epoch_depends_on_seed_and_epoch_alone(files: FileSet, crop: str) -> None:
     options = {"training": True, "crop": crop}
     first, labels = epoch(files, 3, **options)

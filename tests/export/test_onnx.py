@@ -312,7 +312,8 @@ def test_grids_hold_zero_and_the_best_range_leaves_outliers_out() -> None:
     assert best_range(values[:-1]) == (0, 1)
 
 
-@pytest.mark.parametrize("bits", [3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [3, 4])
 def test_released_networks_classify_the_same(bits: int, released: Released, tmp_path: Path) -> None:
     model, images, labels = released(bits)
     with torch.no_grad():

@@ -15,15 +15,17 @@ ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., tuple[int, str, str]]
 
 
-def test_every_section_runs_tiny_on_a_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sections", ["a,b,c,d,f", pytest.param("e,g", marks=pytest.mark.slow)])
+def test_every_section_runs_tiny_on_a_cpu(tmp_path: Path, sections: str) -> None:
     # in a process of its own: it registers a network, and chooses kernels and numerics
     line = [sys.executable, ROOT / "scripts" / "gpu_check.py", "--quick", "--device", "cpu", "--json", "rows.json"]
+    line += ["--only", sections]
     done = subprocess.run(list(map(str, line)), cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "rows.json").read_text())
     assert content["environment"]["device"].startswith("cpu")
-    assert {row["section"] for row in content["rows"]} == set(SECTIONS)
-    assert {row["verdict"] for row in content["rows"]} == {"ok", "–"}, done.stdout
+    assert {row["section"] for row in content["rows"]} == set(sections.split(","))
+    assert {row["verdict"] for row in content["rows"]} <= {"ok", "–"}, done.stdout
     for row in content["rows"]:
         assert f"\n{row['section']}  {row['what']} " in done.stdout
 

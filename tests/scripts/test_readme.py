@@ -35,7 +35,7 @@ SMALL["quantize.py"] = ("--images", 2, "--steps", 1, "--joint-steps", 1)
 EXCEPTED = {
     "torchrun": "several GPUs; tests/training/test_distributed.py runs two processes",
     "configs/imagenet": "ImageNet; tests/training/test_recipes.py reads every recipe",
-    "resnet56_fat": "as the one before it with other settings; tests/training/test_recipes.py trains two steps",
+    "resnet56": "as the one before it with other settings; tests/training/test_recipes.py trains two steps",
     "vggsmall": "a large network; tests/training/test_recipes.py trains two steps",
     "cifar10_full": "CIFAR-10 at full length; tests/scripts/test_sweep.py runs it tiny",
     "--released": "a download; tests/checkpoint/test_released.py serves it from this machine",

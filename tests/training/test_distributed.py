@@ -44,7 +44,8 @@ def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_the_switches_under_two_processes_are_those_of_one has the same and more
+@pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_equal_one(tmp_path: Path, processes: int) -> None:
     losses, correct, total = losses_and_count()
     assert total == 37

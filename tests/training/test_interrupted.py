@@ -61,8 +61,8 @@ SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
 
 @pytest.mark.parametrize(
     ("number", "arch", "options"),
-    [(number, arch, {}) for number in (SIGINT, SIGTERM) for arch in ("resnet20", "resnet_20")]
-    + [(SIGINT, "resnet_20", ALL_SWITCHES)],
+    [(SIGTERM, "resnet20", {}), (SIGINT, "resnet_20", ALL_SWITCHES)]
+    + [pytest.param(*way, {}, marks=pytest.mark.slow) for way in ((SIGINT, "resnet20"), (SIGTERM, "resnet_20"))],
 )
 def test_a_signal_ends_a_run_after_its_step(
     number: signal.Signals,

@@ -20,7 +20,14 @@ SIZES = {"digits": 8, "cifar10": 32, "imagenet": 224}
 RECIPES = sorted(path for path in CONFIG_ROOT.glob("*/*.toml") if path.parent.name != "sweeps")
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+LARGER = ("resnet34", "resnet50", "resnet56")  # the blocks of resnet18 and resnet20 again
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.slow if p.stem.startswith(LARGER) else ()) for p in RECIPES],
+    ids=[f"{p.parent.name}/{p.stem}" for p in RECIPES],
+)
 def test_every_recipe_trains_two_steps(path: Path) -> None:
     recipe = read_recipe(path)
     config = recipe.config(recipe.chain[-1], {"batch_size": 2})
