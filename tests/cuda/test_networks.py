@@ -117,7 +117,8 @@ def test_conversion(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
     compare(lambda device, folder: works.conversion(device, folder, method), tmp_path)
 
 
-@pytest.mark.parametrize("method", ["apot", pytest.param("fat", marks=slow)])
+@slow  # test_reached.py runs it, without comparing
+@pytest.mark.parametrize("method", ["apot", "fat"])
 def test_a_network_is_reconstructed(method: str, tmp_path: Path) -> None:
     compare(lambda device, folder: works.reconstruction(device, folder, method), tmp_path)
 

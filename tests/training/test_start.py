@@ -56,6 +56,7 @@ def test_a_run_begins_close_to_the_network_before_it(fp32: RunSummary, tmp_path:
     assert after.best > before.best + 3
 
 
+@pytest.mark.slow
 def test_a_stage_begins_from_one_of_other_bits(fp32: RunSummary, tmp_path: Path) -> None:
     four = train(config(fp32, tmp_path, bit=4, reconstruct=256, **STILL))
     three = train(config(four, tmp_path, reconstruct=256, **STILL))
