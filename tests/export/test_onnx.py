@@ -250,6 +250,7 @@ def test_a_file_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_input_shape_with_the_batch_is_one_without(tmp_path: Path) -> None:
     model, x = small("apot-cifar", 3), torch.randn(3, 3, 16, 16)
     for i, shape in enumerate([(3, 16, 16), (5, 3, 16, 16), [1, 3, 16, 16]]):
