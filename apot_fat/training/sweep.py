@@ -6,14 +6,16 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from apot_fat.data import Dataset
 from apot_fat.quant.spec import PRESETS, check_bits, nearest
+from apot_fat.training.build import load_config_dataset
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device
 from apot_fat.training.distributed import gather_objects, launched, process_group
@@ -28,6 +30,9 @@ from apot_fat.training.teacher import teacher_path
 log = logging.getLogger("apot_fat")
 
 Table = dict[str, Any]
+
+_OWN = ("preset", "bit", "seed", "output")  # of each cell
+_DATA_FIELDS = ("data", "test_data", "data_root", "image_size", "val_split", "loader", "on_damaged", "streams")
 
 
 class Cell(NamedTuple):
@@ -90,11 +95,7 @@ class Sweep:
         widths, by_method = self.content.get("bits", {}), self.content.get("methods", {})
         bits = str(cell.bits)
         layers = (self.content.get("base", {}), widths.get(bits, {}), by_method.get(cell.method, {}), recipe)
-        values = {key: value for layer in (*layers, own_bits.get(bits, {})) for key, value in layer.items()}
-        for key in ("preset", "bit", "seed", "output"):
-            if key in values:
-                raise ValueError(f"{where}: key {key!r}: each run has its own")
-        values |= overrides
+        values = {key: value for layer in (*layers, own_bits.get(bits, {}), overrides) for key, value in layer.items()}
         if source is not None:
             arch, data = values.get("arch", TrainConfig.arch), values.get("data", TrainConfig.data)
             found = find_recipe(data, arch, cell.method, source)
@@ -111,7 +112,7 @@ class Sweep:
 
 
 def read_sweep(path: str | os.PathLike[str]) -> Sweep:
-    """Read a sweep file and check what it is a sweep of; the cells' values are checked with their ``config``.
+    """Read a sweep file and check its names; the cells' values are checked with their ``config``.
 
     Raises:
         ValueError: no such file, no TOML, an unknown key (with the nearest known one), or a bad value of the grid.
@@ -122,11 +123,11 @@ def read_sweep(path: str | os.PathLike[str]) -> Sweep:
     _known(content, ("sweep", "base", "bits", "methods", "recipes"), where)
     grid, recipes = _table(content, "sweep", where), _table(content, "recipes", where)
     _known(grid, ("methods", "seeds", "chain", "baseline"), f"{where}: [sweep]")
-    _table(content, "base", where)
-    _tables_by_bits(content, where)
-    for name in _table(content, "methods", where):
+    _check_fields(_table(content, "base", where), f"{where}: [base]")
+    _check_bits(content, where)
+    for name, values in _table(content, "methods", where).items():
         _check_method(name, f"{where}: [methods.{name}]")
-        _table(content["methods"], name, f"{where}: methods")
+        _check_fields(values, f"{where}: [methods.{name}]")
     if not recipes:
         raise ValueError(f"{where}: no recipe: add tables such as [recipes.published]")
     methods = {}
@@ -135,7 +136,8 @@ def read_sweep(path: str | os.PathLike[str]) -> Sweep:
         if not re.fullmatch(r"\w[\w.+-]*", name, re.ASCII):
             raise ValueError(f"{where}: recipe {name!r} names a folder: choose letters, digits and any of . _ + -")
         recipe = _table(recipes, name, f"{where}: recipes")
-        _tables_by_bits(recipe, place)
+        _check_bits(recipe, place)
+        _check_fields({k: v for k, v in recipe.items() if k not in ("methods", "bits", "config")}, place)
         methods[name] = _methods(recipe if "methods" in recipe else grid, place)
         if not isinstance(recipe.get("config", ""), str):
             raise ValueError(f"{place}: config {recipe['config']!r}: expected the name of a recipe, published or ours")
@@ -181,6 +183,7 @@ def run_sweep(
     device = choose_device(first.device, first.gpu, processes.local_rank)
     found: dict[Cell, ResultRow] = {}
     failed: dict[Cell, str] = {}
+    images: tuple[object, Dataset | None] = None, None  # of the last config; many runs in a row have the same
     with process_group(processes, device, first.dist_timeout):
         _update(found, configs)
         finished = gather_objects(set(found))[0]  # another sweep may finish a cell while the processes look
@@ -188,13 +191,17 @@ def run_sweep(
         for cell in due:
             if missing := [parent for parent in _parents(cell, configs) if parent not in (*finished, *due)]:
                 raise ValueError(f"{cell}: starts from {missing[0]}, which is not finished; run that too")
-        for cell in tqdm(due, desc="sweep", unit="run", disable=None if processes.is_first else True):
+        bar = tqdm(due, desc="sweep", unit="run", disable=None if processes.is_first else True)
+        for cell in bar:
+            bar.set_postfix_str(str(cell))
             if missing := [parent for parent in _parents(cell, configs) if parent in failed]:
                 failed[cell] = f"skipped, as it builds on {missing[0]}"
                 log.error("%s: %s", cell, failed[cell])
                 continue
+            if images[0] != (key := _images_key(configs[cell])):
+                images = key, load_config_dataset(configs[cell])
             try:
-                summary = train(configs[cell], resume="auto")
+                summary = train(configs[cell], resume="auto", dataset=images[1])
             except NonFiniteError as error:
                 log.error("%s: %s", cell, error)
                 failed[cell] = "did not stay finite"
@@ -209,6 +216,11 @@ def _parents(cell: Cell, configs: dict[Cell, TrainConfig]) -> list[Cell]:
     taught = teacher_path(config, BEST) if config.teacher else None
     places = {Path(path).parent for path in (config.init, taught) if path is not None}
     return [other for other, theirs in configs.items() if Path(theirs.output) / theirs.run_name in places]
+
+
+def _images_key(config: TrainConfig) -> tuple[object, ...]:
+    # the seed chooses the held-out images
+    return *(getattr(config, name) for name in _DATA_FIELDS), config.val_split and config.seed
 
 
 def _update(found: dict[Cell, ResultRow], configs: dict[Cell, TrainConfig]) -> list[ResultRow]:
@@ -227,12 +239,21 @@ def _table(content: Table, name: str, where: str) -> Table:
     return table
 
 
-def _tables_by_bits(content: Table, where: str) -> None:
-    for key in _table(content, "bits", where):
+def _check_bits(content: Table, where: str) -> None:
+    for key, values in _table(content, "bits", where).items():
         if not key.isdigit():
             raise ValueError(f"{where}: [bits.{key}]: expected a bit-width, such as [bits.4]")
         check_bits(int(key), f"{where}: [bits.{key}]")
-        _table(content["bits"], key, f"{where}: bits")
+        _check_fields(values, f"{where}: [bits.{key}]")
+
+
+def _check_fields(values: Any, where: str) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected a table of values")
+    known = {option.name for option in fields(TrainConfig)} - set(_OWN)
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, known)}")
 
 
 def _known(table: Table, known: Sequence[str], where: str) -> None:
