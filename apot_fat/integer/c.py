@@ -151,13 +151,16 @@ int main(void)
         self.kernels.setdefault((kernel, *values.values()), text)
         return "_".join(value for key, value in values.items() if key in ("kind", "x", "t", "y"))
 
-    def _array(self, kind: str, values: Iterable[int], name: str, is_struct: bool = False) -> str:
-        listed = list(values)
-        text = _listed(map(str, listed))
+    def _array(self, kind: str, values: Iterable[int], name: str) -> str:
+        return self._constants(f"{kind}_t", _BYTES[kind], list(map(str, values)), name)
+
+    def _constants(self, kind: str, size: int, listed: Sequence[str], name: str) -> str:
+        # the name of an array; equal ones are one
+        text = _listed(listed)
         if (kind, text) not in self.named:
             self.named[kind, text] = f"{name}_{len(self.named)}"
-            self.data.append(f"static const {kind}_t {self.named[kind, text]}[] = {{\n{text}\n}};")
-            self.constants += _BYTES[kind] * len(listed)
+            self.data.append(f"static const {kind} {self.named[kind, text]}[] = {{\n{text}\n}};")
+            self.constants += size * len(listed)
         return self.named[kind, text]
 
     def _step(self, number: int) -> str:
@@ -347,12 +350,7 @@ for (shift = 0; w.added | w.subtracted; shift++, w.added >>= 1, w.subtracted >>=
             pairs = zip(terms.added.tolist(), terms.subtracted.tolist(), strict=True)
             listed = [f"{{{added}, {subtracted}}}" for added, subtracted in pairs]
             size = 2 * _BYTES["uint32" if self._has_wide_weights else "uint16"]
-        text = _listed(listed)
-        if ("weight", text) not in self.named:
-            self.named["weight", text] = f"weight_levels_{len(self.named)}"
-            self.data.append(f"static const struct weight {self.named['weight', text]}[] = {{\n{text}\n}};")
-            self.constants += size * len(listed)
-        return self.named["weight", text]
+        return self._constants("struct weight", size, listed, "weight_levels")
 
     def _pool(self, number: int, operation: Pool) -> list[str]:
         (read,) = operation.inputs

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from apot_fat.integer.program import PIXELS, Convolution, Flatten, IntegerProgram
+from apot_fat.integer.program import BATCH, PIXELS, Convolution, Flatten, IntegerProgram, count_windows
 from apot_fat.integer.values import ACCUMULATOR_BITS, Array, Builder, Value, grid_step
 from apot_fat.quant.fake_quant import keeps_negatives
 from apot_fat.quant.integers import integer_input, integer_weight, shift_terms
@@ -127,8 +127,8 @@ class _Ranges(fx.Interpreter):
 
 def _reached(program: IntegerProgram, pixels: Array) -> tuple[tuple[int, int], ...]:
     found = [
-        [(int(result.min()), int(result.max())) for result in program.results(pixels[start : start + 16])]
-        for start in range(0, len(pixels), 16)
+        [(int(result.min()), int(result.max())) for result in program.results(pixels[start : start + BATCH])]
+        for start in range(0, len(pixels), BATCH)
     ]
     return tuple(
         (min(low for low, _ in of_one), max(high for _, high in of_one)) for of_one in zip(*found, strict=True)
@@ -187,9 +187,7 @@ class _Lowering:
         return tuple(self.builder.operations), float(logits.gain)
 
     def _lower(self, node: fx.Node) -> Value:
-        name, called = _name(node), node.target
-        if node.op == "call_module":
-            called = self.traced.get_submodule(name)
+        name, called = _name(node), self._called(node)
         if _is_in_place(node, called) and any(len(read.users) > 1 for read in node.all_input_nodes[:1]):
             raise ValueError(f"layer {name}: changes in place what others read; use the form that gives a new tensor")
         if _is_addition(node):
@@ -205,7 +203,7 @@ class _Lowering:
             or _drops_nothing(node)
         ):
             return value
-        if isinstance(called, nn.ReLU) or called in (F.relu, torch.relu, "relu", "relu_"):
+        if _is_relu(called):
             return self._clip(value, 0.0, np.inf)
         if isinstance(called, nn.ReLU6) or called is F.relu6:
             return self._clip(value, 0.0, 6.0)
@@ -242,12 +240,13 @@ class _Lowering:
         sizes = {value.shape for value in values}
         if len(sizes) > 1:
             raise ValueError(f"layer {name}: adds {' and '.join(map(str, sizes))}; integer programs add equal shapes")
-        return self.builder.add(name, values, self.sum_step, all(self._rectifies(reader) for reader in node.users))
+        return self.builder.add(
+            name, values, self.sum_step, all(_is_relu(self._called(reader)) for reader in node.users)
+        )
 
-    def _rectifies(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return isinstance(self.traced.get_submodule(str(node.target)), nn.ReLU)
-        return node.target in (F.relu, torch.relu, "relu", "relu_")
+    def _called(self, node: fx.Node) -> Any:
+        # a module, a function, or the name of a method
+        return self.traced.get_submodule(str(node.target)) if node.op == "call_module" else node.target
 
     def _layer(self, name: str, layer: AnyQuantized, value: Value) -> Value:
         weight = integer_weight(layer)
@@ -260,9 +259,8 @@ class _Lowering:
             raise ValueError(f"layer {name}: a linear layer on images {value.shape}; flatten them before it")
         terms = shift_terms(torch.from_numpy(weight_OIHW))
         row = int((terms.added + terms.subtracted).flatten(1).sum(1).max())
-        quantizing = quantizes_input(layer)
-        if quantizing is not None:
-            source, unit = self._quantized_input(name, quantizing, value)
+        if layer.act_alpha is not None:
+            source, unit = self._quantized_input(name, layer, value)
         else:
             value = self._float_input(name, layer, value, row)
             source, unit = value.source, float(value.gain)
@@ -305,7 +303,7 @@ class _Lowering:
     def _float_input(self, name: str, layer: AnyQuantized, value: Value, row: int) -> Value:
         # as many bits as the sums leave
         bits = min(ACCUMULATOR_BITS - row.bit_length(), self.builder.grid_bits)
-        if getattr(layer, "relu", False):
+        if layer.relu:
             value = self._clip(value, 0.0, np.inf)
         if value.source == PIXELS and value.low == -np.inf and not value.pools:
             return self.builder.look_up(name, value, bits)
@@ -332,7 +330,7 @@ class _Lowering:
             raise ValueError(f"layer {name}: max pooling with ceil_mode, dilation or indices is not supported")
         window = {"kernel": _pair(pool.kernel_size), "stride": _pair(pool.stride), "padding": _pair(pool.padding)}
         channels, *size = value.shape
-        height, wide = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, *window.values(), strict=True))
+        height, wide = count_windows(size, *window.values())
         return replace(value, pools=(*value.pools, window), shape=(channels, height, wide))
 
     def _average(self, name: str, window: tuple[Any, Any], value: Value) -> Value:
@@ -360,11 +358,6 @@ class _Lowering:
         return self.builder.on_grid(name, value) if is_clipped or value.pools else value
 
 
-def quantizes_input(layer: AnyQuantized) -> AnyQuantized | None:
-    """The layer if its input is quantized; of 8-bit first and last layers it is float."""
-    return None if layer.act_alpha is None else layer
-
-
 def _sum_bounds(weight_OIHW: Array, low: int, high: int) -> tuple[int, int]:
     # smallest and largest Σ w x of any channel
     positive, negative = np.maximum(weight_OIHW, 0), np.minimum(weight_OIHW, 0)
@@ -376,8 +369,7 @@ def _sum_bounds(weight_OIHW: Array, low: int, high: int) -> tuple[int, int]:
 def _convolved(shape: tuple[int, int, int], weight_OIHW: Array, options: dict[str, Any]) -> tuple[int, int, int]:
     outputs, _, *kernel = weight_OIHW.shape
     spans = [d * (k - 1) + 1 for d, k in zip(options["dilation"], kernel, strict=True)]
-    pairs = zip(shape[1:], spans, options["padding"], options["stride"], strict=True)
-    height, wide = ((n + 2 * p - span) // s + 1 for n, span, p, s in pairs)
+    height, wide = count_windows(shape[1:], spans, options["stride"], options["padding"])
     return outputs, height, wide
 
 
@@ -430,6 +422,10 @@ def _drops_nothing(node: fx.Node) -> bool:
 def _is_in_place(node: fx.Node, called: Any) -> bool:
     is_method = node.op == "call_method" and str(called).endswith("_")
     return is_method or called is operator.iadd or bool(getattr(called, "inplace", node.kwargs.get("inplace", False)))
+
+
+def _is_relu(called: Any) -> bool:
+    return isinstance(called, nn.ReLU) or called in (F.relu, torch.relu, "relu", "relu_")
 
 
 def _is_addition(node: fx.Node) -> bool:

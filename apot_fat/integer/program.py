@@ -9,7 +9,7 @@ each channel, of all channels alike if C is 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +21,8 @@ from apot_fat.text import aligned
 
 Array = np.ndarray
 PIXELS = -1
-_BATCH = 16
+BATCH = 16
+"""Images computed together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,7 +278,7 @@ class IntegerProgram:
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != self.input_shape:
             given = (getattr(pixels, "dtype", type(pixels).__name__), tuple(getattr(pixels, "shape", ())))
             raise ValueError(f"pixels {given[0]} {given[1]}: expected a NumPy array, uint8 (N, {self.input_shape})")
-        batches = [pixels[start : start + _BATCH] for start in range(0, len(pixels), _BATCH)]
+        batches = [pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH)]
         logits = [self._last(batch) for batch in batches]
         return np.concatenate(logits) if logits else np.zeros((0, self.operations[-1].shape[0]), np.int64)
 
@@ -325,6 +326,14 @@ class IntegerProgram:
             )
             rows.append((operation.name, type(operation).__name__.lower(), *cells))
         return aligned(head, rows, left=("layer", "operation"))
+
+
+def count_windows(
+    size: Iterable[int], span: Iterable[int], stride: Iterable[int], padding: Iterable[int]
+) -> tuple[int, ...]:
+    """How many windows of a span there are along each side of an image that is padded on both ends."""
+    sides = zip(size, span, stride, padding, strict=True)
+    return tuple((n + 2 * padded - span) // stride + 1 for n, span, stride, padded in sides)
 
 
 def width(low: int, high: int) -> int:

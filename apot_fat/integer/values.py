@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from apot_fat.integer.inversion import find_thresholds
-from apot_fat.integer.program import PIXELS, Add, Lookup, Operation, Pool, Rescale, Thresholds, width
+from apot_fat.integer.program import PIXELS, Add, Lookup, Operation, Pool, Rescale, Thresholds, count_windows, width
 
 Array = np.ndarray
 Shape = tuple[int, int, int]
@@ -163,9 +163,8 @@ class Builder:
         if kind == "sum":
             count = int(np.prod(window["kernel"]))
             low, high = low * count, high * count
-        padding, stride, kernel = window.get("padding", (0, 0)), window["stride"], window["kernel"]
         channels, *size = self.shape(source)
-        height, wide = ((size[i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(2))
+        height, wide = count_windows(size, window["kernel"], window["stride"], window.get("padding", (0, 0)))
         return self.append(Pool(name, (source,), (channels, height, wide), low, high, kind, **window))
 
     def _clipped(self, value: Value, step: float, limit: int) -> tuple[int, int]:
