@@ -186,7 +186,7 @@ class Builder:
             factor, shift = np.where(even, factor // 2, factor), np.where(even, shift - 1, shift)
         half = np.where(shift > 0, 1 << np.maximum(shift, 1) - 1, 0)
         addends = np.ldexp(offset, shift)
-        ends = np.multiply.outer(factor.astype(np.float64), self.bounds(value.source)) + addends[:, None]
+        ends = np.multiply.outer(factor.astype(np.float64), self.bounds(value.source)) + (addends + half)[:, None]
         product_bits = int(np.frexp(np.abs(ends).max())[1]) + 2
         if product_bits > PRODUCT_BITS:
             raise ValueError(

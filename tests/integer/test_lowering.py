@@ -79,6 +79,17 @@ def test_additions_are_as_exact_as_their_grid(name: str, bits: int) -> None:
     assert all(operation.bits <= 16 for operation in coarse.operations if isinstance(operation, Add))
 
 
+def test_what_is_far_below_the_step_of_a_grid_keeps_to_its_width() -> None:
+    model = with_statistics(Residual("apot-cifar", 3), normalized(random_pixels(4, 8)))
+    with torch.no_grad():
+        for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.weight[0] = 1e-9  # of its product with x nothing but the half that rounds is left
+    program = integer_program(model, normalized(random_pixels(4, 8)), **NORMALIZATION)
+    rescales = [operation for operation in program.operations if isinstance(operation, Rescale)]
+    assert any((operation.shift_C == 40).any() for operation in rescales)
+    program.run(random_pixels(8, 8))
+
+
 FAMILIES = [
     ("resnet20", "apot-cifar", 3, 8),
     ("resnet20", "fat-cifar", 4, 8),
