@@ -179,7 +179,7 @@ class Builder:
         ratio, offset = np.atleast_1d(value.gain) / step, np.atleast_1d(value.offset) / step
         ratio, offset = np.broadcast_arrays(ratio, offset)
         # the largest shift with which the factor keeps to its bits
-        room = self.grid_bits - np.frexp(ratio)[1]
+        room = self.grid_bits - np.frexp(ratio)[1].astype(np.int64)  # NumPy's own int32 would not hold the half below
         shift = np.clip(np.where(ratio == 0, 0, room), 0, MAX_SHIFT)
         factor = np.round(np.ldexp(ratio, shift)).astype(np.int64)
         while (even := (shift > 0) & (factor % 2 == 0)).any():

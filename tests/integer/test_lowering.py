@@ -82,11 +82,14 @@ def test_additions_are_as_exact_as_their_grid(name: str, bits: int) -> None:
 def test_what_is_far_below_the_step_of_a_grid_keeps_to_its_width() -> None:
     model = with_statistics(Residual("apot-cifar", 3), normalized(random_pixels(4, 8)))
     with torch.no_grad():
-        for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
-            norm.weight[0] = 1e-9  # of its product with x nothing but the half that rounds is left
+        for norm in (module for module in model.body.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.weight.fill_(1e-9)  # of a product with it little is left but the half that rounds
+            norm.bias.zero_()
     program = integer_program(model, normalized(random_pixels(4, 8)), **NORMALIZATION)
     rescales = [operation for operation in program.operations if isinstance(operation, Rescale)]
-    assert any((operation.shift_C == 40).any() for operation in rescales)
+    (first, *_) = [operation for operation in rescales if operation.shift_C.max() > 32]
+    np.testing.assert_allclose(first.addend_C / np.exp2(first.shift_C - 1), 1, atol=0.01)
+    assert first.product_bits > first.shift_C.max()
     program.run(random_pixels(8, 8))
 
 
