@@ -35,7 +35,7 @@ _GPU_ROW = 1024  # a GPU's kernel sums a row of this length while it writes what
 
 _ROUNDED_DIVISION = "eager_numerics.division_rounding"
 
-_made: set[tuple[Any, ...]] = set()  # arguments of _compiled so far
+_kernels: dict[tuple[Any, ...], Callable[..., Any]] = {}  # compiled so far, by the arguments of _compiled
 
 log = logging.getLogger("apot_fat")
 
@@ -64,11 +64,15 @@ def pointwise(
     key = (like.device, _size_class(like), torch.is_inference_mode_enabled(), types, layout.special_sizes)
     wanted = (function, settings, scratch is not None, overwrites, layout.in_gpu_rows, key)
     # what was compiled for a large tensor does for a small one too; but no sum, whose bits would tell who came before
-    if _compiles(like) or (len(tensors) == 1 and wanted in _made and get_kernels() != "eager"):
+    kernel = _kernels.get(wanted)
+    if _compiles(like):
+        kernel = _kernels[wanted] = kernel or _compiled(*wanted)
+    elif len(tensors) > 1 or like.numel() < 2 or get_kernels() == "eager":
+        kernel = None
+    if kernel is not None:
         if scratch is not None:
             operands.insert(0, _scratch.of(scratch, like.numel()))
-        _made.add(wanted)
-        results = _as_tuple(_compiled(*wanted)(*operands))
+        results = _as_tuple(kernel(*operands))
         if overwrites:
             results = (operands[0], *results)
     else:
@@ -188,7 +192,6 @@ def inductor_options(device_type: str) -> dict[str, Any]:
     return {_ROUNDED_DIVISION: True} if _ROUNDED_DIVISION in torch._inductor.list_options() else {}
 
 
-@cache
 def _compiled(
     function: Callable[..., Any],
     settings: tuple[Any, ...],

@@ -38,18 +38,21 @@ def project(u: Tensor, levels: LevelSet) -> Tensor:
         octaves = u.view(torch.int32).bitwise_right_shift_(22).bitwise_and_(0x1FF)  # exponent and half of an octave
         return _octave_levels(levels, u.device).index_select(0, octaves.flatten()).view(u.shape)
     if levels.has_table:
-        # NaN has a cell of its own; index_select takes half the time of indexing
-        cells = u.clamp_(0, 1).mul_(2 * levels.denominator).nan_to_num_(nan=2 * levels.denominator + 1).to(torch.int32)
-        return _cell_levels(levels, u.dtype, u.device).index_select(0, cells.flatten()).view(u.shape)
+        return _look_up(_cell_levels(levels, u.dtype, u.device), u.clamp_(0, 1), levels)
     return projection.project(u, levels)
+
+
+def _look_up(table: Tensor, u: Tensor, levels: LevelSet) -> Tensor:
+    # NaN has a cell of its own; index_select takes half the time of indexing
+    cells = u.mul_(2 * levels.denominator).nan_to_num_(nan=2 * levels.denominator + 1).to(torch.int32)
+    return table.index_select(0, cells.flatten()).view(u.shape)
 
 
 def codes_from_table(u: Tensor, levels: LevelSet) -> Tensor:
     """Numerator of the level nearest to u, of magnitudes with a table, as bytes; u in [0, 1], which is overwritten."""
     if levels.is_uniform:
         return u.mul_(levels.steps).round_().to(torch.uint8)
-    cells = u.mul_(2 * levels.denominator).nan_to_num_(nan=0).to(torch.int32)
-    return _cell_numerators(levels, u.device).index_select(0, cells.flatten()).view(u.shape)
+    return _look_up(_cell_numerators(levels, u.device), u, levels)
 
 
 def _round_to_power_of_two(u: Tensor, smallest: float) -> Tensor:
@@ -102,7 +105,7 @@ def _cell_levels(levels: LevelSet, dtype: torch.dtype, device: torch.device) -> 
 
 @lru_cache(maxsize=256)
 def _cell_numerators(levels: LevelSet, device: torch.device) -> Tensor:
-    return _constant(tuple(levels.numerators[code] for code in levels.cell_codes), torch.uint8, device)
+    return _constant((*(levels.numerators[code] for code in levels.cell_codes), 0), torch.uint8, device)
 
 
 @lru_cache(maxsize=256)

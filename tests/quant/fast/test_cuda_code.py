@@ -216,8 +216,8 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Compil
 def forget() -> None:
     """Forget what is remembered of a device: the one before is not that of the test."""
     torch.compiler.reset()
-    kernels._made.clear()
-    for cached in (kernels._compiled, DeviceProperties.create, *vars(_triton).values()):
+    kernels._kernels.clear()
+    for cached in (DeviceProperties.create, *vars(_triton).values()):
         if hasattr(cached, "cache_clear"):
             cached.cache_clear()
 
@@ -344,11 +344,12 @@ def test_a_kernel_is_right_for_all_sizes_that_share_it(sizes: Sequence[tuple[int
 def test_sizes_that_differ_in_their_code_are_given_kernels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     keys: list[Any] = []
 
-    def look_up(function: Callable[..., Any], *key: Any) -> Callable[..., Any]:
-        keys.append(key)
-        return function
+    class Kernels(dict[Any, Any]):
+        def get(self, key: Any, default: Any = None) -> Callable[..., Any]:
+            keys.append(key)
+            return torch.mul
 
-    monkeypatch.setattr(kernels, "_compiled", look_up)
+    monkeypatch.setattr(kernels, "_kernels", Kernels())
     set_kernels("compiled")
     with FakeTensorMode():
         for size in (size for pair in SIZES for size in pair):
