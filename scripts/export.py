@@ -9,7 +9,6 @@ from torch import Tensor
 
 from apot_fat.command_line import OneLineParser, add_model_option, log, output_file, run_main
 from apot_fat.export import WRITERS, Export
-from apot_fat.integer.c import check_c_file
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.report.subject import usual_shape
 from apot_fat.training.build import load_config_dataset, make_batches
@@ -43,10 +42,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_model_option(parser)
     options = parser.parse_args(argv)
-    output = output_file(options.output, WRITERS[options.to].suffix, options.checkpoint)
-    if options.to == "c":
-        check_c_file(output)
-        output_file(str(output.with_suffix(".h")), ".h", options.checkpoint)
+    kind = WRITERS[options.to]
+    output = output_file(options.output, kind.suffix, options.checkpoint)
+    kind.check_name(output)
+    for suffix in kind.beside:
+        output_file(str(output.with_suffix(suffix)), suffix, options.checkpoint)
     names = ("arch", "bit", "preset", "image_size", "data")
     opened = open_network(options.checkpoint, {name: getattr(options, name) for name in names}, options.model)
     if options.mode == "int8":
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         products="multiply" if options.multiply else "shift",
         grid_bits=options.grid_bits,
     )
-    said = WRITERS[options.to].write(export)
+    said = kind.write(export)
     log.info("%s: %s", output, said)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apot_fat.quant.fake_quant import keeps_negatives
-from apot_fat.quant.layers import QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.spec import InputClip
 from apot_fat.quant.units import threshold_in_use
@@ -48,7 +48,7 @@ class Projection:
     as_integers: bool = False
 
     @classmethod
-    def of(cls, layer: QuantConv2d | QuantLinear) -> Projection | None:
+    def of(cls, layer: AnyQuantized) -> Projection | None:
         """A layer's, or None where it takes its input as it is."""
         levels = layer.act_set
         if layer.act_alpha is None or levels is None:

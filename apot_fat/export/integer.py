@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.integers import Integers, integer_input, integer_weight, shift_terms
-from apot_fat.quant.layers import QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear
 from apot_fat.quant.units import along_rows, threshold_in_use
 from apot_fat.quant.watching import watch_inputs
 
@@ -50,7 +50,7 @@ class IntegerLayer(nn.Module):
 
     numerators_GOK: Tensor
 
-    def __init__(self, layer: QuantConv2d | QuantLinear, arithmetic: Arithmetic = "multiply") -> None:
+    def __init__(self, layer: AnyQuantized, arithmetic: Arithmetic = "multiply") -> None:
         super().__init__()
         if arithmetic not in get_args(Arithmetic):
             raise ValueError(f"arithmetic {arithmetic!r}: choose one of {', '.join(get_args(Arithmetic))}")
@@ -164,7 +164,7 @@ def integer_network(model: nn.Module, arithmetic: Arithmetic = "multiply") -> nn
 
 
 @torch.no_grad()
-def simulated_accumulator(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor:
+def simulated_accumulator(layer: AnyQuantized, x: Tensor) -> Tensor:
     """The accumulator that the layer's fake-quantized operands stand for, int64, shape of the layer's output.
 
     Equation: A = round(conv(x_q, w_q) · d_a d_w / (α_a α_w)), in float64. The operands are float32 multiples of their
@@ -187,7 +187,7 @@ def simulated_accumulator(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor
     return (product / (weight_unit * input_unit)).round().to(torch.int64)
 
 
-def _output_dims(layer: QuantConv2d | QuantLinear) -> int:
+def _output_dims(layer: AnyQuantized) -> int:
     # from the channels of an output on
     return 3 if isinstance(layer, QuantConv2d) else 1
 
@@ -244,7 +244,7 @@ def compare_networks(
         first: dict[int, tuple[str, int, float]] = {}
         for (name, x), (_, other) in zip(inputs, other_inputs, strict=True):
             layer = model.get_submodule(name)
-            assert isinstance(layer, QuantConv2d | QuantLinear)
+            assert isinstance(layer, AnyQuantized)
             for image, codes, distance in _code_differences(layer, x, other):
                 first.setdefault(image, (name, codes, distance))
         for image in (predictions != other_predictions).nonzero().flatten().tolist():
@@ -268,9 +268,7 @@ def layer_inputs(model: nn.Module, names: list[str], x: Tensor) -> tuple[Tensor,
         return model(x), found
 
 
-def _code_differences(
-    layer: QuantConv2d | QuantLinear, x_N: Tensor, other_N: Tensor
-) -> Iterator[tuple[int, int, float]]:
+def _code_differences(layer: AnyQuantized, x_N: Tensor, other_N: Tensor) -> Iterator[tuple[int, int, float]]:
     # image, how many codes differ, and their largest distance from the midpoint in units of the levels' distance
     codes, others = integer_input(layer, x_N), integer_input(layer, other_N)
     assert codes is not None

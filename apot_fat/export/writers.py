@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from apot_fat.checkpoint import PACKED_SUFFIX, atomic_write, save_packed
 from apot_fat.export.onnx import ExportMode, export_onnx
 from apot_fat.integer import integer_program
-from apot_fat.integer.c import Products, c_source
+from apot_fat.integer.c import Products, c_source, check_c_file
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,25 @@ def write_c(export: Export) -> str:
     )
 
 
+def _any_name(path: Path) -> None:
+    """Every name will do."""
+
+
 class FileKind(NamedTuple):
-    """A kind of file: the suffix that is custom, and what writes it and says what to log."""
+    """A kind of file.
+
+    ``suffix``: the one that is custom; ``write``: what writes it and says what to log; ``check_name``: what raises
+    ``ValueError`` of a name that will not do; ``beside``: suffixes of what is written beside it.
+    """
 
     suffix: str
     write: Callable[[Export], str]
+    check_name: Callable[[Path], None] = _any_name
+    beside: tuple[str, ...] = ()
 
 
 WRITERS = {
     "onnx": FileKind(".onnx", write_onnx),
     "packed": FileKind(PACKED_SUFFIX, write_packed),
-    "c": FileKind(".c", write_c),
+    "c": FileKind(".c", write_c, check_c_file, (".h",)),
 }

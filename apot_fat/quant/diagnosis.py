@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.fake_quant import keeps_negatives
-from apot_fat.quant.layers import QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.normalization import CONSTANT
 from apot_fat.quant.units import ALPHA_FLOOR
 from apot_fat.quant.watching import evaluation_mode, watch_inputs
@@ -34,7 +34,7 @@ def odd_layers(model: nn.Module, x: Tensor) -> list[str]:
     if not names:
         return found
 
-    def look(layer: QuantConv2d | QuantLinear, inputs: tuple[Tensor, ...]) -> None:
+    def look(layer: AnyQuantized, inputs: tuple[Tensor, ...]) -> None:
         found.extend(f"{names[layer]}: {reason}" for reason in _reasons(layer, inputs[0]))
 
     with evaluation_mode(model), watch_inputs(names, look), torch.compiler.set_stance("force_eager"):
@@ -42,7 +42,7 @@ def odd_layers(model: nn.Module, x: Tensor) -> list[str]:
     return found
 
 
-def _reasons(layer: QuantConv2d | QuantLinear, x: Tensor) -> list[str]:
+def _reasons(layer: AnyQuantized, x: Tensor) -> list[str]:
     spec, reasons = layer.spec, []
     if layer.weight_alpha is not None:
         w = layer.weight

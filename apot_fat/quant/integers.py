@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.units import along_rows, threshold_in_use
 
 _MAX_DENOMINATOR = 1 << 31
@@ -50,7 +50,7 @@ def integer_weight(layer: torch.nn.Module) -> Integers | None:
 
 
 @torch.no_grad()
-def integer_input(layer: QuantConv2d | QuantLinear, x: Tensor) -> Integers | None:
+def integer_input(layer: AnyQuantized, x: Tensor) -> Integers | None:
     """The quantized input of a layer as integers; None where the layer takes its input as it is.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from apot_fat.quant.frequency import frequency_transform
 from apot_fat.quant.integers import integer_weight
-from apot_fat.quant.layers import QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.units import along_rows, threshold_in_use
 from apot_fat.quant.watching import evaluation_mode, watch_inputs
@@ -133,7 +133,7 @@ def measure_layers(
 @torch.no_grad()
 def measure_weight(layer: nn.Conv2d | nn.Linear) -> Distribution:
     """The weight of a layer before projection and the levels it lands on; with a threshold a channel in its unit."""
-    if isinstance(layer, QuantConv2d | QuantLinear) and layer.weight_alpha is not None:
+    if isinstance(layer, AnyQuantized) and layer.weight_alpha is not None:
         w, q, alpha = layer.transformed_weight(), layer.quantized_weight(), threshold_in_use(layer.weight_alpha)
         if not alpha.dim():
             levels = _signed(layer.spec.weight_set, float(alpha))
@@ -153,7 +153,7 @@ def measure_weight(layer: nn.Conv2d | nn.Linear) -> Distribution:
 @torch.no_grad()
 def measure_input(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Distribution:
     """The input of a layer, after the ReLU it does itself, and the levels it lands on."""
-    if not isinstance(layer, QuantConv2d | QuantLinear) or layer.act_alpha is None:
+    if not isinstance(layer, AnyQuantized) or layer.act_alpha is None:
         value = F.relu(x) if getattr(layer, "relu", False) else x
         return distribution(value, value)
     q = layer.quantized_input(x)
@@ -205,7 +205,7 @@ def signal_to_noise(value: Tensor, quantized: Tensor) -> float | None:
 @torch.no_grad()
 def measure_spectrum(layer: nn.Module) -> Spectrum | None:
     """The spectrum of a layer's weight before and after FAT's mask, and the mask; None without a transform."""
-    if not isinstance(layer, QuantConv2d | QuantLinear) or layer.transform is None:
+    if not isinstance(layer, AnyQuantized) or layer.transform is None:
         return None
     w = layer.weight_to_transform()
     mask_OF = frequency_transform(w, layer.transform)[1].double().cpu()  # hundreds of numbers are read of it

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apot_fat.quant.all_layers import keep_thresholds_positive, threshold_layers
 from apot_fat.quant.fake_quant import quantize_weight
-from apot_fat.quant.layers import QuantConv2d, QuantLinear, initial_step_threshold
+from apot_fat.quant.layers import AnyQuantized, initial_step_threshold
 from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.sampling import sample, sample_columns
 from apot_fat.quant.watching import evaluation_mode, watch_inputs
@@ -67,7 +67,7 @@ def initialize_thresholds(model: nn.Module, batch: Tensor, rule: str = "mse") ->
     def fit_input(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         if waiting.pop(id(layer), None) is None:  # called again
             return
-        assert isinstance(layer, QuantConv2d | QuantLinear)
+        assert isinstance(layer, AnyQuantized)
         if layer.act_alpha is not None and isinstance(inputs[0], Tensor) and inputs[0].numel():
             x = F.relu(inputs[0]) if layer.relu else inputs[0]
             if rule == "mse":
@@ -104,7 +104,7 @@ def fit_threshold(values: Tensor, levels: LevelSet, *, signed: bool) -> float:
 
 
 @torch.no_grad()
-def fit_weight_threshold(layer: QuantConv2d | QuantLinear) -> None:
+def fit_weight_threshold(layer: AnyQuantized) -> None:
     """Set a layer's weight thresholds, of the layer or of each channel, to those of least squared error, in place.
 
     A layer without one, or whose threshold is not learned, is left as it is. About 1,000 values taken at random stand

@@ -9,13 +9,13 @@ from torch import Tensor
 from apot_fat.quant.fast.byte_product import byte_product
 from apot_fat.quant.fast.kept import byte_weight
 from apot_fat.quant.fast.remade import ActSettings, conv_settings, quantized_product
-from apot_fat.quant.layers import QuantConv2d, QuantLinear
+from apot_fat.quant.layers import AnyQuantized, QuantConv2d
 
 REMEMBER_ELEMENTS = 1 << 18
 """Inputs of at least this many elements are remembered instead of their quantized copies."""
 
 
-def layer_output(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor | None:
+def layer_output(layer: AnyQuantized, x: Tensor) -> Tensor | None:
     """``layer(x)``, or None where the plain forward does as well.
 
     So it does for ``EIGHT_BIT``, a float or signed input, one so small that keeping its quantized copy for backward
