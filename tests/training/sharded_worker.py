@@ -5,6 +5,7 @@ The first process writes what came out of both.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,3 +125,5 @@ if __name__ == "__main__":
         sharded = {name: train_sharded(name, processes, path.with_suffix(".ckpt")) for name in BUILDERS}
     if processes.is_first:
         torch.save({name: (alone[name], sharded[name]) for name in BUILDERS}, path)
+    # PyTorch's cache of DTensors' plans keeps the group, and a process that ends with a group's threads aborts at times
+    os._exit(0)
