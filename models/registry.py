@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from apot_fat.quant.fake_quant import keeps_negatives
 from apot_fat.quant.layers import QuantConv2d, QuantLinear
+from apot_fat.quant.quantizer import act_quantizer
 from apot_fat.quant.spec import EIGHT_BIT, FLOAT_BITS, QuantSpec, nearest
 from apot_fat.quant.spec import preset as quant_preset
 
@@ -43,8 +43,8 @@ class LayerMaker:
         if self.is_float:
             return nn.Conv2d(in_channels, out_channels, kernel_size, **options)
         spec = self.spec
-        is_unsigned = spec.act_bits != FLOAT_BITS and not spec.act_signed
-        if rectified and is_unsigned and keeps_negatives(spec.act_set, spec.act_clip, signed=False):
+        quantizer = act_quantizer(spec, relu=False, channel_dim=-3)
+        if rectified and quantizer is not None and quantizer.goes_on_below:
             spec = replace(spec, act_clip="both")
         return QuantConv2d(in_channels, out_channels, kernel_size, spec=spec, **options)
 
@@ -81,7 +81,7 @@ class LayerMaker:
         """The same, but where FAT's published networks leave a layer untransformed: ``uniform-mobilenet``."""
         if not self.spec.transform:
             return self
-        kept = ("weight_bits", "act_bits", "weight_levels", "act_levels", "weight_per_channel")
+        kept = ("weight_bits", "act_bits", "weight_levels", "act_levels", "weight_per_channel", "act_per_channel")
         return LayerMaker(quant_preset("uniform-mobilenet", **{name: getattr(self.spec, name) for name in kept}))
 
 

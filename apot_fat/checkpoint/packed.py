@@ -30,6 +30,7 @@ from apot_fat.optional import needed_for
 from apot_fat.quant.convert import convert_layer, fold_weight
 from apot_fat.quant.integers import integer_weight
 from apot_fat.quant.layers import AnyQuantized
+from apot_fat.quant.quantizer import PARAMETERS, THRESHOLDS, parameter_shapes
 from apot_fat.quant.spec import EIGHT_BIT, FLOAT_BITS, QuantSpec
 from apot_fat.quant.units import along_rows, threshold_in_use
 
@@ -167,7 +168,7 @@ def packed_thresholds(path: str | os.PathLike[str]) -> dict[str, tuple[float | N
         state = tensors | _split(tensors.pop(_FLOATS), index["floats"])
     except (TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"packed file {path}: its metadata do not fit its contents ({error})") from error
-    names = [_key(layer, kind) for layer in index["layers"] for kind in ("weight_alpha", "act_alpha")]
+    names = [_key(layer, kind) for layer in index["layers"] for kind in THRESHOLDS]
     found = {name: state[name] for name in names if name in state}
     return checkpoint_thresholds(found, f"packed file {path}") if found else {}
 
@@ -204,6 +205,8 @@ def _pack_layer(module: AnyQuantized) -> tuple[Tensor | None, dict[str, Any]]:
     spec = replace(module.spec, weight_norm="none", weight_norm_gradient=False, transform=False)
     fields = asdict(spec)
     del fields["weight_scale"]  # implied, and unknown to earlier versions
+    if not spec.act_per_channel:
+        del fields["act_per_channel"]
     entry |= {"spec": fields, "relu": module.relu, "fixed_bits": module.fixed_bits}
     if integers is None:
         return None, entry
@@ -266,18 +269,19 @@ def _check_fit(path: Path, model: nn.Module, plans: Mapping[str, _Plan], state: 
             )
         check_type(name, state[name], unique[name].dtype, f"packed file {path}")
     for name, plan in plans.items():
-        for kind, wanted in (
-            ("weight_alpha", plan.spec.has_weight_threshold),
-            ("act_alpha", plan.spec.act_bits != FLOAT_BITS),
-        ):
-            if wanted != (_key(name, kind) in state):
-                raise ValueError(f"packed file {path}: {_key(name, kind)} is {'missing' if wanted else 'left over'}")
-            if wanted:
-                check_type(_key(name, kind), state[_key(name, kind)], torch.float32, f"packed file {path}")
+        shapes = parameter_shapes(plan.spec, plan.shape[0], plan.shape[1] * getattr(modules[name], "groups", 1))
+        for kind in THRESHOLDS:
+            key = _key(name, kind)
+            if (kind in shapes) != (key in state):
+                raise ValueError(f"packed file {path}: {key} is {'missing' if kind in shapes else 'left over'}")
+            if kind in shapes:
+                check_type(key, state[key], torch.float32, f"packed file {path}")
+                if state[key].shape != shapes[kind]:
+                    raise ValueError(f"packed file {path}: {key} is not of shape {shapes[kind]}")
 
 
 def _thresholds(layers: Iterable[str]) -> set[str]:
-    return {_key(name, kind) for name in layers for kind in ("weight_alpha", "act_alpha", "transform")}
+    return {_key(name, kind) for name in layers for kind in PARAMETERS}
 
 
 def _key(layer: str, parameter: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from apot_fat.checkpoint.files import read_checkpoint
 from apot_fat.plain import missing_values
 from apot_fat.quant.all_layers import threshold_layers
+from apot_fat.quant.quantizer import PARAMETERS, THRESHOLDS
 from apot_fat.quant.units import threshold_in_use
 
 STATE_KEYS = ("state_dict", "model")  # under which published checkpoints keep the weights
@@ -26,8 +27,8 @@ _RENAMES = (
     (re.compile(r"\.weight_quant\.transform\.weight$"), ".transform"),
 )
 _UNUSED_TRANSFORM = re.compile(r"\.transform\.weight$")  # stored, never used, by FAT's first and last layers
-_QUANTIZER = re.compile(r"\.(weight_alpha|act_alpha|transform)$")
-_THRESHOLD = re.compile(r"(weight_alpha|wgt_alpha|act_alpha)$")
+_QUANTIZER = re.compile(rf"\.({'|'.join(PARAMETERS)})$")
+_THRESHOLD = re.compile(rf"({'|'.join(THRESHOLDS)}|wgt_alpha)$")
 _FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 _REAL = _FLOATS | {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _INITIAL_VALUES = 2  # of a kind of threshold in one network: FAT's MobileNetV2 holds layers of two variants
@@ -45,7 +46,7 @@ def load_weights(
 
     Accepted: a path, a checkpoint dict (``state_dict`` or ``model``), or a state dict; names with or without
     ``module.``; thresholds as ``weight_quant.wgt_alpha`` or ``weight_alpha``; FAT's ``weight_quant.transform.weight``,
-    its last layer named ``linear``, and the unused ``transform.weight`` of its first and last layers. A layer's weight
+    its last layer named ``linear``, and the unused ``transform.weight`` of its first and last layers. A layer's
     threshold becomes that of each channel where the network has one a channel; not the other way round. A
     full-precision network leaves out the unused thresholds and transforms of published ones: they are all still at
     their initial values.
@@ -71,7 +72,7 @@ def load_weights(
     state = _rename(state_dict_of(content, label), model)
     own = model.state_dict()
     for name, tensor in own.items():
-        if name.endswith("weight_alpha") and tensor.dim() and name in state and not state[name].dim():
+        if name.endswith(THRESHOLDS) and tensor.dim() and name in state and not state[name].dim():
             state[name] = state[name].expand(tensor.shape)
     for name in _unused_quantizers(state, model):
         del state[name]
@@ -182,7 +183,7 @@ def checkpoint_thresholds(
     found: dict[str, dict[str, float]] = {}
     for published, tensor in state_dict_of(content, label).items():
         name = _our_name(published)
-        for suffix in ("weight_alpha", "act_alpha"):
+        for suffix in THRESHOLDS:
             if name.endswith(f".{suffix}"):
                 check_type(published, tensor, torch.float32, label)
                 check_values(published, tensor, label)
@@ -249,7 +250,7 @@ def _unused_quantizers(state: Mapping[str, Tensor], model: nn.Module) -> list[st
     found = [name for name in state if _QUANTIZER.search(name) and name.rpartition(".")[0] in layers]
     if any(state[name].dtype not in _REAL for name in found):
         return []
-    for kind in ("weight_alpha", "act_alpha"):
+    for kind in THRESHOLDS:
         values = torch.cat([torch.empty(0), *(state[name].flatten().cpu() for name in found if name.endswith(kind))])
         if len(values.unique()) > _INITIAL_VALUES:
             return []
@@ -268,9 +269,11 @@ def _some(names: list[str], most: int = 3) -> str:
 def _hint(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     quantized_state = any(_QUANTIZER.search(name) for name in state)
     quantized_model = any(True for _ in threshold_layers(model))
-    own_dims = {name: t.dim() for name, t in model.state_dict().items() if name.endswith("weight_alpha")}
-    if any(name in state and state[name].dim() > dim for name, dim in own_dims.items()):
-        return " (its weight thresholds are one a channel: build the network with weight_per_channel)"
+    own_dims = {name: t.dim() for name, t in model.state_dict().items() if name.endswith(THRESHOLDS)}
+    for name, dim in own_dims.items():
+        if name in state and state[name].dim() > dim:
+            side = "weight" if name.endswith("weight_alpha") else "act"
+            return f" (its {side} thresholds are one a channel: build the network with {side}_per_channel)"
     if quantized_state != quantized_model:
         kinds = ("quantized", "full-precision")
         return (

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apot_fat.quant.fake_quant import keeps_negatives
 from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.levels import LevelSet
-from apot_fat.quant.spec import InputClip
+from apot_fat.quant.quantizer import Quantizer
 from apot_fat.quant.units import threshold_in_use
 
 if TYPE_CHECKING:
@@ -29,37 +28,35 @@ _SLOPE_MARGIN = 1e-4
 
 @dataclass(frozen=True)
 class Projection:
-    """A layer's activation quantizer.
-
-    Equation: x_q = α · Π_L(clip(x / α)); with ``signed`` α · sign(u) · Π_L(min(|u|, 1)), u = x / α.
+    """A layer's activation quantizer with its threshold.
 
     Args:
-        levels: L.
-        alpha: α, same unit as x, > 0.
-        clip: as in ``quantize_activation``.
-        signed: whether negative values have levels of their own.
+        quantizer: the quantizer.
+        alpha: α, same unit as the input, > 0.
         as_integers: give the numerators n of x_q = α · n / d instead, as floats.
     """
 
-    levels: LevelSet
+    quantizer: Quantizer
     alpha: float
-    clip: InputClip
-    signed: bool = False
     as_integers: bool = False
 
     @classmethod
     def of(cls, layer: AnyQuantized) -> Projection | None:
-        """A layer's, or None where it takes its input as it is."""
-        levels = layer.act_set
-        if layer.act_alpha is None or levels is None:
+        """A layer's, or None where it takes its input as it is.
+
+        Raises:
+            ValueError: thresholds of one a channel.
+        """
+        if layer.act_alpha is None or layer.act_quantizer is None:
             return None
-        signed = layer.spec.act_signed and not layer.relu
-        return cls(levels, threshold_in_use(layer.act_alpha.detach()).float().item(), layer.input_clip, signed)
+        if layer.act_alpha.dim():
+            raise ValueError("act_per_channel True: ONNX files hold one activation threshold a layer; choose False")
+        return cls(layer.act_quantizer, threshold_in_use(layer.act_alpha.detach()).float().item())
 
     @property
-    def keeps_negatives(self) -> bool:
-        """Whether a negative value may become another than 0."""
-        return keeps_negatives(self.levels, self.clip, self.signed)
+    def levels(self) -> LevelSet:
+        """The quantizer's."""
+        return self.quantizer.levels
 
     def numerators(self, values: np.ndarray) -> np.ndarray:
         """The numerators n of α · n / d that non-negative values become; float64 in, int64 out, same shape."""
@@ -148,9 +145,9 @@ def emit_projection(builder: GraphBuilder, x: str, projection: Projection, outpu
     levels, alpha = projection.levels, projection.alpha
     u = builder.add("Div", x, builder.constant(alpha))
     sign = None
-    if projection.signed:
+    if projection.quantizer.is_signed:
         sign, u = builder.add("Sign", u), builder.add("Abs", u)
-    low = "" if projection.keeps_negatives else builder.constant(0)
+    low = "" if projection.quantizer.keeps_negatives else builder.constant(0)
     u = builder.add("Clip", u, low, builder.constant(1))
     last = None if sign else output
     if levels.is_uniform:

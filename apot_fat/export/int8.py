@@ -141,7 +141,8 @@ class _Lowering:
         projection, numerators = self.projections[index], self.numerators[index]
         if numerators is None or numerators.shape != weight.shape or not projection.levels.fits_byte:
             return None
-        if projection.signed or (projection.keeps_negatives and not self.is_nonnegative(project.input[0])):
+        quantizer = projection.quantizer
+        if quantizer.is_signed or (quantizer.keeps_negatives and not self.is_nonnegative(project.input[0])):
             return None
         largest = int(np.abs(numerators).max(initial=0))
         if largest > _WEIGHT_MAX or 2 * projection.levels.denominator * largest > _PAIR_MAX:

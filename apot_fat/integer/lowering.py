@@ -20,9 +20,9 @@ from torch import Tensor, fx, nn
 
 from apot_fat.integer.program import BATCH, PIXELS, Convolution, Flatten, IntegerProgram, count_windows
 from apot_fat.integer.values import ACCUMULATOR_BITS, Array, Builder, Value, grid_step
-from apot_fat.quant.fake_quant import keeps_negatives
 from apot_fat.quant.integers import integer_input, integer_weight, shift_terms
 from apot_fat.quant.layers import AnyQuantized
+from apot_fat.quant.quantizer import Quantizer
 from apot_fat.quant.units import threshold_in_use
 
 FEWEST_GRID_BITS, MOST_GRID_BITS = 8, 26
@@ -259,8 +259,8 @@ class _Lowering:
             raise ValueError(f"layer {name}: a linear layer on images {value.shape}; flatten them before it")
         terms = shift_terms(torch.from_numpy(weight_OIHW))
         row = int((terms.added + terms.subtracted).flatten(1).sum(1).max())
-        if layer.act_alpha is not None:
-            source, unit = self._quantized_input(name, layer, value)
+        if layer.act_quantizer is not None:
+            source, unit = self._quantized_input(name, layer, layer.act_quantizer, value)
         else:
             value = self._float_input(name, layer, value, row)
             source, unit = value.source, float(value.gain)
@@ -280,24 +280,23 @@ class _Lowering:
         offset = np.array(0.0) if bias is None else np.asarray(bias, np.float64)
         return Value(number, shape, np.asarray(weight.unit(0)) * unit, offset)
 
-    def _quantized_input(self, name: str, layer: AnyQuantized, value: Value) -> tuple[int, float]:
-        spec = layer.spec
+    def _quantized_input(self, name: str, layer: AnyQuantized, act: Quantizer, value: Value) -> tuple[int, float]:
+        if layer.spec.act_per_channel:
+            raise ValueError(f"layer {name}: act_per_channel True; integer programs have one threshold a layer's input")
         assert layer.act_alpha is not None
-        unit = float(threshold_in_use(layer.act_alpha).double()) / spec.act_set.denominator
+        unit = float(threshold_in_use(layer.act_alpha).double()) / act.levels.denominator
         # uniform levels that go on below 0: to twice what the calibration reached
         lowest = -(1 << int(np.ceil(2 * max(-value.smallest, 0) / unit)).bit_length())
 
         def quantizer(x: Array) -> Array:
             codes = integer_input(layer, torch.from_numpy(np.ascontiguousarray(x)))
             assert codes is not None
-            return np.maximum(np.asarray(codes.numerators), lowest) if goes_on else np.asarray(codes.numerators)
+            numerators = np.asarray(codes.numerators)
+            return np.maximum(numerators, lowest) if act.goes_on_below else numerators
 
         def levels(first: int) -> list[int]:
-            if goes_on and first < 0:
-                return list(range(first, spec.act_set.denominator + 1))
-            return list(spec.act_set.signed_numerators if spec.act_signed else spec.act_set.numerators)
+            return [*range(first if act.goes_on_below else 0, 0), *act.numerators]
 
-        goes_on = not spec.act_signed and keeps_negatives(spec.act_set, layer.input_clip, signed=False)
         return self.builder.quantize(name, value, quantizer, levels), unit
 
     def _float_input(self, name: str, layer: AnyQuantized, value: Value, row: int) -> Value:

@@ -1,9 +1,9 @@
 """Quantization. Needs torch alone.
 
 The method, each importing from those before it: ``levels``, ``spec``, ``units``, ``projection`` (the nearest level),
-``seam``, ``fake_quant`` (forward and gradient), ``frequency`` (FAT's transform), ``normalization``, ``layers``,
-``all_layers`` (of a network), ``thresholds`` (their start), ``integers``; on them build ``convert``, ``measure`` and
-``diagnosis``.
+``seam``, ``fake_quant`` (forward and gradient), ``fitting`` (a threshold for given values), ``quantizer`` (these three
+as one object a layer's side), ``frequency`` (FAT's transform), ``normalization``, ``layers``, ``all_layers`` (of a
+network), ``thresholds`` (their start), ``integers``; on them build ``convert``, ``measure`` and ``diagnosis``.
 
 Its speed: ``fast``, which may import all of these. None of them imports ``fast`` or knows what is in it: they ask
 ``seam.speed``, where the plain answers are and ``fast`` puts its own. Without that folder all is right and slower.
@@ -30,6 +30,7 @@ from apot_fat.quant.convert import (
     reconstruct,
 )
 from apot_fat.quant.fake_quant import eight_bit_weight, quantize_activation, quantize_weight
+from apot_fat.quant.fitting import fit_threshold
 from apot_fat.quant.frequency import frequency_transform, weight_deactivate_freq
 from apot_fat.quant.layers import QuantConv2d, QuantLinear
 from apot_fat.quant.levels import LevelSet, apot_levels, build_power_value, level_set, pot_levels, uniform_levels
@@ -37,7 +38,7 @@ from apot_fat.quant.normalization import normalize_weight
 from apot_fat.quant.projection import project
 from apot_fat.quant.seam import get_kernels, set_kernels
 from apot_fat.quant.spec import EIGHT_BIT, FLOAT_BITS, PRESETS, QuantSpec, preset
-from apot_fat.quant.thresholds import fit_threshold, initialize_thresholds
+from apot_fat.quant.thresholds import initialize_thresholds
 from apot_fat.quant.units import ALPHA_FLOOR
 
 try:

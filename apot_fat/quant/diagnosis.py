@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from apot_fat.quant.all_layers import threshold_layers
-from apot_fat.quant.fake_quant import keeps_negatives
 from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.normalization import CONSTANT
 from apot_fat.quant.units import ALPHA_FLOOR
@@ -50,8 +49,8 @@ def _reasons(layer: AnyQuantized, x: Tensor) -> list[str]:
             reasons.append("its weight is constant and quantized to 0")
         if (layer.weight_alpha <= ALPHA_FLOOR).any():
             reasons.append("its weight threshold is at its floor: lower weight_alpha_lr")
-    if layer.act_alpha is not None:
-        negatives = keeps_negatives(spec.act_set, layer.input_clip, spec.act_signed and not layer.relu)
+    if layer.act_alpha is not None and layer.act_quantizer is not None:
+        negatives = layer.act_quantizer.keeps_negatives
         if not (x != 0 if negatives else x > 0).any():
             reasons.append(f"its input is {'0' if negatives else 'nowhere above 0'} and quantized to 0")
         if (layer.act_alpha <= ALPHA_FLOOR).any():

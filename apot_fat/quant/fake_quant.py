@@ -65,8 +65,8 @@ def quantize_activation(
     negative goes to level 0 with APoT and PoT levels, and to a negative multiple of the step with uniform ones.
 
     Args:
-        x: activation, any shape.
-        alpha: clipping threshold, 0-d, same unit as x; read as ``ALPHA_FLOOR`` where it is not positive.
+        x: activation, any shape (C, …) with one threshold a channel.
+        alpha: clipping threshold, 0-d or (C,), same unit as x; read as ``ALPHA_FLOOR`` where it is not positive.
         levels: levels on [0, 1].
         clip: ``above``, ``both``, or ``relu`` for the quantized max(x, 0) in one pass.
         alpha_gradient: ``full`` or ``clipped-only``.
@@ -105,11 +105,6 @@ def eight_bit_weight(w: Tensor) -> Tensor:
     return w + (rounded - w).detach()
 
 
-def keeps_negatives(levels: LevelSet, clip: InputClip, signed: bool) -> bool:
-    """Whether an activation's quantizer may turn a negative value into another than 0."""
-    return signed or (levels.is_uniform and clip == "above")
-
-
 def scaled(grad_alpha: Tensor, grad_scale: float) -> Tensor:
     """A threshold's gradient times ``grad_scale``: outside of the kernels, which layers of any scale thus share."""
     return grad_alpha if grad_scale == 1 else grad_alpha * grad_scale
@@ -135,7 +130,7 @@ def weight_backward(
     slope = torch.where(above, 1, torch.where(below, low, w_q / alpha_used - u))
     grad_w = torch.where(above | below, 0, grad) if clip_gradient else grad
     parts = slope.mul_(grad)
-    return grad_w, (parts[..., None].flatten(1).sum(1) if alpha.dim() else parts.sum()).to(alpha.dtype)
+    return grad_w, (_sum_of_rows(parts) if alpha.dim() else parts.sum()).to(alpha.dtype)
 
 
 def activation_forward(x: Tensor, alpha: Tensor, levels: LevelSet, clip: InputClip) -> Tensor:
@@ -169,7 +164,13 @@ def activation_gradients(
         slope = above.to(u.dtype)
     else:
         slope = torch.where(above, 1, q - (u if clip == "above" else u.clamp_(min=0)))
-    return torch.where(outside, 0, grad), seam.speed.total(slope.mul_(grad)).to(alpha.dtype)
+    parts = slope.mul_(grad)
+    grad_alpha = _sum_of_rows(parts) if alpha.dim() else seam.speed.total(parts)
+    return torch.where(outside, 0, grad), grad_alpha.to(alpha.dtype)
+
+
+def _sum_of_rows(parts: Tensor) -> Tensor:
+    return parts[..., None].flatten(1).sum(1)
 
 
 class _Quantize(torch.autograd.Function):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from apot_fat.quant.layers import AnyQuantized
-from apot_fat.quant.units import along_rows, threshold_in_use
+from apot_fat.quant.quantizer import Quantizer
+from apot_fat.quant.units import along_rows
 
 _MAX_DENOMINATOR = 1 << 31
 
@@ -44,9 +45,9 @@ def integer_weight(layer: torch.nn.Module) -> Integers | None:
     Raises:
         ValueError: powers of two whose denominator exceeds 2^31.
     """
-    if not isinstance(layer, AnyQuantized) or (scale := layer.weight_scale()) is None:
+    if not isinstance(layer, AnyQuantized) or layer.weight_quantizer is None:
         return None
-    return _integers(layer.quantized_weight(), layer.spec.weight_set.denominator, scale)
+    return _integers(layer.weight_quantizer, layer.quantized_weight(), layer.weight_scale())
 
 
 @torch.no_grad()
@@ -58,11 +59,14 @@ def integer_input(layer: AnyQuantized, x: Tensor) -> Integers | None:
         x: its input.
 
     Raises:
-        ValueError: powers of two whose denominator exceeds 2^31.
+        ValueError: powers of two whose denominator exceeds 2^31, or thresholds of one a channel.
     """
-    if layer.act_alpha is None:
+    quantizer = layer.act_quantizer
+    if quantizer is None:
         return None
-    return _integers(layer.quantized_input(x), layer.spec.act_set.denominator, threshold_in_use(layer.act_alpha))
+    if layer.spec.act_per_channel:
+        raise ValueError("act_per_channel True: no sum of integers has a scale for each input channel; choose False")
+    return _integers(quantizer, layer.quantized_input(x), quantizer.scale(x, layer.act_alpha))
 
 
 def numerators_of(value: Tensor, scale: Tensor, denominator: int) -> Tensor:
@@ -128,7 +132,10 @@ def _bit_length(numbers: Tensor) -> int:
     return int(numbers.max()).bit_length() if numbers.numel() else 0
 
 
-def _integers(value: Tensor, denominator: int, scale: Tensor) -> Integers:
+def _integers(quantizer: Quantizer, value: Tensor, scale: Tensor | None) -> Integers | None:
+    denominator = quantizer.levels.denominator
+    if scale is None:
+        return None
     if denominator > _MAX_DENOMINATOR:
         raise ValueError(f"levels over {denominator}: integers over at most 2^31 are supported; use fewer bits")
     return Integers(numerators_of(value, scale, denominator), denominator, scale.detach().clone())

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apot_fat.quant import seam
-from apot_fat.quant.fake_quant import eight_bit_weight, quantize_activation, quantize_weight
 from apot_fat.quant.frequency import frequency_transform
 from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.normalization import deviation, normalize_weight
-from apot_fat.quant.spec import FLOAT_BITS, InputClip, QuantSpec, preset
+from apot_fat.quant.quantizer import PARAMETERS, Quantizer, act_quantizer, parameter_shapes, weight_quantizer
+from apot_fat.quant.spec import FLOAT_BITS, QuantSpec, preset
 from apot_fat.quant.units import threshold_in_use
 
 
@@ -30,16 +30,33 @@ class _QuantLayer(seam.MemoryLayer):
     weight_alpha: nn.Parameter | None
     act_alpha: nn.Parameter | None
     transform: nn.Parameter | None
-    relu: bool
+    weight_quantizer: Quantizer | None
+    act_quantizer: Quantizer | None
     fixed_bits = False
     """Whether ``set_bits`` leaves this layer alone."""
+    _input_channel_dim: int
 
     def add_quantizers(self, spec: QuantSpec, relu: bool) -> None:
         """Make a plain layer one of these."""
-        self.relu = relu
-        for name in ("weight_alpha", "act_alpha", "transform"):
+        for name in PARAMETERS:
             self.register_parameter(name, None)
+        self._relu = relu
         self.spec = spec
+
+    @property
+    def relu(self) -> bool:
+        """Whether the layer takes its input's ReLU first."""
+        return self._relu
+
+    @relu.setter
+    def relu(self, relu: bool) -> None:
+        self._relu = relu
+        self._make_quantizers()
+
+    def _make_quantizers(self) -> None:
+        # once, not in forward: torch.compile traces no cached function
+        self.weight_quantizer = weight_quantizer(self.spec)
+        self.act_quantizer = act_quantizer(self.spec, relu=self.relu, channel_dim=self._input_channel_dim)
 
     @property
     def spec(self) -> QuantSpec:
@@ -48,28 +65,24 @@ class _QuantLayer(seam.MemoryLayer):
 
     @spec.setter
     def spec(self, spec: QuantSpec) -> None:
-        channels = self.weight.shape[0]
-        quantizes_weight = spec.weight_bits != FLOAT_BITS
-        per_channel = (channels,) if spec.weight_per_channel else ()
-        made = self._keep_parameter("weight_alpha", spec.has_weight_threshold, per_channel, spec.weight_alpha or 1.0)
-        self._keep_parameter("act_alpha", spec.act_bits != FLOAT_BITS, (), spec.act_alpha)
-        self._keep_parameter("transform", quantizes_weight and spec.transform, (channels, channels), 1 / channels)
+        outputs, inputs = self.weight.shape[0], self.weight.shape[1] * getattr(self, "groups", 1)
+        shapes = parameter_shapes(spec, outputs, inputs)
+        initial = {"weight_alpha": spec.weight_alpha or 1.0, "act_alpha": spec.act_alpha, "transform": 1 / outputs}
+        made = [name for name in PARAMETERS if self._keep_parameter(name, shapes.get(name), initial[name])]
         before = self.__dict__.get("_spec")
         self._spec = spec
-        # found here, not in forward: torch.compile traces no cached function
-        self.weight_set = spec.weight_set if quantizes_weight else None
-        self.act_set = spec.act_set if spec.act_bits != FLOAT_BITS else None
+        self._make_quantizers()
         seam.speed.forget(self)
         if self.weight_alpha is not None:
-            if made and spec.weight_alpha is None:
+            if "weight_alpha" in made and spec.weight_alpha is None:
                 self.set_weight_alpha_from_step()
-            if made or before is None or before.weight_alpha_learned != spec.weight_alpha_learned:
+            if "weight_alpha" in made or before is None or before.weight_alpha_learned != spec.weight_alpha_learned:
                 self.weight_alpha.requires_grad_(spec.weight_alpha_learned)
 
-    def _keep_parameter(self, name: str, wanted: bool, shape: tuple[int, ...], value: float) -> bool:
+    def _keep_parameter(self, name: str, shape: tuple[int, ...] | None, value: float) -> bool:
         # whether it is a new one
         before = getattr(self, name)
-        if not wanted:
+        if shape is None:
             self.register_parameter(name, None)
         elif before is None:
             like = torch.promote_types(self.weight.dtype, torch.float32)
@@ -85,14 +98,9 @@ class _QuantLayer(seam.MemoryLayer):
     def set_weight_alpha_from_step(self) -> None:
         """Set the weight's thresholds to LSQ's initial step times Q_P: 2 mean |ŵ| √Q_P, of the channel or the layer."""
         assert self.weight_alpha is not None
-        magnitudes = self.transformed_weight().abs()
-        mean = magnitudes.flatten(1).mean(1) if self.weight_alpha.dim() else magnitudes.mean()
-        self.weight_alpha.copy_(initial_step_threshold(mean, self.spec.weight_set))
-
-    @property
-    def input_clip(self) -> InputClip:
-        """What lies outside of the levels and is clipped, and whether the layer does the ReLU before it."""
-        return "relu" if self.relu else self.spec.act_clip
+        assert self.weight_quantizer is not None
+        steps = self.weight_quantizer.initial_step(self.transformed_weight(), per_channel=self.weight_alpha.dim() > 0)
+        self.weight_alpha.copy_(steps)
 
     @property
     def bit(self) -> int:
@@ -119,19 +127,13 @@ class _QuantLayer(seam.MemoryLayer):
 
     def quantized_weight(self) -> Tensor:
         """The weight the layer computes with: scale times level; at 32 bits the weight itself. Shape of ``weight``."""
-        return self.weight if self.weight_set is None else seam.speed.weight(self, self._quantize_weight)
+        return self.weight if self.weight_quantizer is None else seam.speed.weight(self, self._quantize_weight)
 
     def _quantize_weight(self) -> Tensor:
-        if self.weight_alpha is None:
-            return eight_bit_weight(self.weight)
-        assert self.weight_set is not None
-        return quantize_weight(
-            self.transformed_weight(),
-            self.weight_alpha,
-            self.weight_set,
-            clip_gradient=self.spec.clips_weight_gradient,
-            grad_scale=self.grad_scale(self.weight_set, self.weight.numel() // max(self.weight_alpha.numel(), 1)),
-        )
+        quantizer, alpha = self.weight_quantizer, self.weight_alpha
+        assert quantizer is not None
+        scale = self.grad_scale(quantizer.levels, alpha, self.weight.numel())
+        return quantizer(self.transformed_weight(), alpha, scale)
 
     @torch.no_grad()
     def weight_scale(self) -> Tensor | None:
@@ -139,10 +141,8 @@ class _QuantLayer(seam.MemoryLayer):
 
         A weight without a positive maximum, which has no such scale, is float too.
         """
-        if self.weight_alpha is not None:
-            return threshold_in_use(self.weight_alpha)
-        scale = None if self.weight_set is None else self.weight.max()
-        return scale if scale is not None and scale > 0 else None
+        quantizer = self.weight_quantizer
+        return None if quantizer is None else quantizer.scale(self.weight, self.weight_alpha)
 
     def quantized_input(self, x: Tensor, features: int | None = None) -> Tensor:
         """The input the layer computes with: α times a level; at 32 bits the input itself. Shape of ``x``.
@@ -153,27 +153,22 @@ class _QuantLayer(seam.MemoryLayer):
             x: the input.
             features: values of one input, which LSQ's ``grad_scale`` is made of, where x holds but a part of them.
         """
-        if self.act_alpha is None or self.act_set is None:
+        quantizer, alpha = self.act_quantizer, self.act_alpha
+        if quantizer is None:
             return F.relu(x) if self.relu else x
-        spec, scale = self.spec, self.grad_scale(self.act_set, features or self.count_features(x))
-        if spec.act_signed:
-            x = F.relu(x) if self.relu else x
-            return quantize_weight(x, self.act_alpha, self.act_set, clip_gradient=True, grad_scale=scale)
-        gradient = spec.act_alpha_gradient
-        return quantize_activation(
-            x, self.act_alpha, self.act_set, clip=self.input_clip, alpha_gradient=gradient, grad_scale=scale
-        )
+        return quantizer(x, alpha, self.grad_scale(quantizer.levels, alpha, features or self.count_features(x)))
 
     def count_features(self, x: Tensor) -> int:
         """Values of one input, of a batch x or of one."""
         unbatched = 3 if isinstance(self, nn.Conv2d) else 1
         return x.numel() if x.dim() <= unbatched else x[:1].numel()
 
-    def grad_scale(self, levels: LevelSet, values: int) -> float:
-        """The factor on the gradient of a threshold that this many values share, see ``QuantSpec``."""
+    def grad_scale(self, levels: LevelSet, alpha: Tensor | None, values: int) -> float:
+        """The factor on the gradient of thresholds that this many values share, see ``QuantSpec``."""
         scale = self.spec.grad_scale
         if scale == "lsq":
-            return levels.positive_levels**1.5 / max(values, 1) ** 0.5
+            shared = values // max(1 if alpha is None else alpha.numel(), 1)
+            return levels.positive_levels**1.5 / max(shared, 1) ** 0.5
         return scale or 1.0
 
     def mask_range(self) -> tuple[float, float] | None:
@@ -223,9 +218,9 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
             ``apot-imagenet-pot`` or ``apot-imagenet-uniform``.
         relu: take the input's ReLU first, in the same pass as the quantizer; at any bits.
 
-    Shapes: x (N, C_in, H, W) → (N, C_out, H', W'); ``weight_alpha``, ``act_alpha`` 0-d, the first (C_out,) with
-    ``weight_per_channel``; ``transform`` (C_out, C_out) with FAT, else None. At 32 bits, and with ``EIGHT_BIT``, the
-    three are None.
+    Shapes: x (N, C_in, H, W) → (N, C_out, H', W'); ``weight_alpha``, ``act_alpha`` 0-d, (C_out,) and (C_in,) with
+    ``weight_per_channel`` and ``act_per_channel``; ``transform`` (C_out, C_out) with FAT, else None. At 32 bits, and
+    with ``EIGHT_BIT``, the three are None.
 
     Raises:
         ValueError: bits other than 2 to 8 and 32, or a grad_scale that is not positive.
@@ -234,6 +229,8 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
 
     Paper: APoT; FAT with ``spec.transform``.
     """
+
+    _input_channel_dim = -3
 
     def __init__(
         self,
@@ -276,6 +273,8 @@ class QuantLinear(_QuantLayer, nn.Linear):
     Shapes: x (…, C_in) → (…, C_out).
     """
 
+    _input_channel_dim = -1
+
     def __init__(
         self,
         in_features: int,
@@ -311,16 +310,6 @@ def threshold_line(weight_alpha: float | None, act_alpha: float | None) -> str:
     """
     weight, act = ("none" if alpha is None else f"{round(alpha, 3):2f}" for alpha in (weight_alpha, act_alpha))
     return f"clipping threshold weight alpha: {weight}, activation alpha: {act}"
-
-
-def initial_step_threshold(mean_magnitude: Tensor, levels: LevelSet) -> Tensor:
-    """LSQ's initial step as a threshold.
-
-    Equation: α = Q_P s, s = 2 mean |v| / √Q_P, Q_P the number of levels above 0.
-
-    Paper: LSQ, "Learned Step Size Quantization", section 2.1.
-    """
-    return 2 * levels.positive_levels**0.5 * mean_magnitude
 
 
 def _published_spec(bit: int, power: bool, additive: bool, grad_scale: float | None) -> QuantSpec:

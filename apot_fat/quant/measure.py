@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from apot_fat.quant.frequency import frequency_transform
 from apot_fat.quant.integers import integer_weight
 from apot_fat.quant.layers import AnyQuantized
-from apot_fat.quant.levels import LevelSet
+from apot_fat.quant.quantizer import Quantizer
 from apot_fat.quant.units import along_rows, threshold_in_use
 from apot_fat.quant.watching import evaluation_mode, watch_inputs
 
@@ -133,15 +133,9 @@ def measure_layers(
 @torch.no_grad()
 def measure_weight(layer: nn.Conv2d | nn.Linear) -> Distribution:
     """The weight of a layer before projection and the levels it lands on; with a threshold a channel in its unit."""
-    if isinstance(layer, AnyQuantized) and layer.weight_alpha is not None:
-        w, q, alpha = layer.transformed_weight(), layer.quantized_weight(), threshold_in_use(layer.weight_alpha)
-        if not alpha.dim():
-            levels = _signed(layer.spec.weight_set, float(alpha))
-            return distribution(w, q, levels, (levels[0], levels[-1]))
-        levels = _signed(layer.spec.weight_set, 1.0)
-        unit = along_rows(alpha.double(), w.dim())
-        found = distribution(w.double() / unit, q.double() / unit, levels, (levels[0], levels[-1]))
-        return replace(found, sqnr=signal_to_noise(w, q))
+    if isinstance(layer, AnyQuantized) and layer.weight_alpha is not None and layer.weight_quantizer is not None:
+        w, q = layer.transformed_weight(), layer.quantized_weight()
+        return _in_levels(layer.weight_quantizer, w, q, layer.weight_alpha)
     integers = integer_weight(layer)
     if integers is None:
         return distribution(layer.weight, layer.weight)
@@ -150,21 +144,29 @@ def measure_weight(layer: nn.Conv2d | nn.Linear) -> Distribution:
     return distribution(layer.weight, layer.quantized_weight(), [n * step for n in range(low, high + 1)])  # type: ignore[operator]
 
 
+def _in_levels(quantizer: Quantizer, value: Tensor, quantized: Tensor, alpha: Tensor) -> Distribution:
+    """What a quantizer makes of values; of one threshold a channel in its units."""
+    unit, alphas = 1.0, threshold_in_use(alpha).double()
+    v, q = value, quantized
+    if alphas.dim():
+        v, q = (quantizer.rows(x).double() / along_rows(alphas, x.dim()) for x in (value, quantized))
+    else:
+        unit = float(alphas)
+    denominator, numerators = quantizer.levels.denominator, quantizer.numerators
+    if quantizer.goes_on_below:
+        numerators = (*range(round(min(float(q.min()), 0.0) / unit * denominator), 0), *numerators)
+    levels = [n / denominator * unit for n in numerators]
+    found = distribution(v, q, levels, (levels[0] if quantizer.is_signed else -math.inf, unit))
+    return replace(found, sqnr=signal_to_noise(value, quantized)) if alphas.dim() else found
+
+
 @torch.no_grad()
 def measure_input(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Distribution:
     """The input of a layer, after the ReLU it does itself, and the levels it lands on."""
-    if not isinstance(layer, AnyQuantized) or layer.act_alpha is None:
+    if not isinstance(layer, AnyQuantized) or layer.act_alpha is None or layer.act_quantizer is None:
         value = F.relu(x) if getattr(layer, "relu", False) else x
         return distribution(value, value)
-    q = layer.quantized_input(x)
-    value = F.relu(x) if layer.relu else x
-    alpha, act_set, signed = float(threshold_in_use(layer.act_alpha)), layer.spec.act_set, layer.spec.act_signed
-    if signed:
-        return distribution(value, q, _signed(act_set, alpha), (-alpha, alpha))
-    step = alpha / act_set.denominator
-    below = round(-min(float(q.min()), 0.0) / step)  # uniform levels go on below 0 where inputs are not clipped there
-    levels = [-n * step for n in range(below, 0, -1)] + [level * alpha for level in act_set.levels]
-    return distribution(value, q, levels, (-math.inf, alpha))
+    return _in_levels(layer.act_quantizer, layer.act_quantizer.taken(x), layer.quantized_input(x), layer.act_alpha)
 
 
 def distribution(
@@ -259,10 +261,6 @@ def _histogram(v: Tensor, reach: list[float]) -> Histogram:
     bins = torch.floor(v / step).long() - first
     counts = bins.bincount(minlength=math.floor(high / step) - first + 1)
     return Histogram(first * step, step, tuple(counts.tolist()))
-
-
-def _signed(levels: LevelSet, alpha: float) -> list[float]:
-    return [n / levels.denominator * alpha for n in levels.signed_numerators]
 
 
 def _number(alpha: Any) -> float | None:

@@ -45,6 +45,8 @@ class QuantSpec:
             {−1, 0, 1} are always calibrated.
         weight_per_channel: one weight threshold an output channel, ``weight_alpha`` of shape (C_out,) with a gradient
             each, instead of one a layer.
+        act_per_channel: the same for the input: ``act_alpha`` of shape (C_in,). Such a layer's sums are not those of
+            integers.
         weight_alpha_learned: False keeps the weight's threshold as it is: a parameter without a gradient.
         weight_scale: what a weight's level of 1 stands for: ``threshold``, the parameter ``weight_alpha``; ``max``, the
             largest weight, without a parameter (``eight_bit_weight``): only as in ``EIGHT_BIT``.
@@ -81,6 +83,7 @@ class QuantSpec:
     weight_per_channel: bool = False
     weight_alpha_learned: bool = True
     weight_scale: WeightScale = "threshold"
+    act_per_channel: bool = False
 
     def __post_init__(self) -> None:
         check_bits(self.weight_bits, "weight_bits")
@@ -99,8 +102,7 @@ class QuantSpec:
                 raise ValueError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if self.act_signed and self.act_alpha_gradient == "clipped-only":
             raise ValueError("act_signed with act_alpha_gradient 'clipped-only': choose 'full' for signed inputs")
-        switches = ("weight_norm_gradient", "transform", "act_signed", "weight_per_channel", "weight_alpha_learned")
-        for name in switches:
+        for name in (field.name for field in fields(self) if field.type == "bool"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} {getattr(self, name)!r}: choose True or False")
         for name in ("weight_alpha", "act_alpha", "grad_scale"):

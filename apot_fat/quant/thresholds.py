@@ -1,30 +1,20 @@
-"""Initial clipping thresholds from data: of one tensor, or of a whole network on a batch."""
+"""Initial clipping thresholds of a network, from its weights and a batch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apot_fat.quant.all_layers import keep_thresholds_positive, threshold_layers
-from apot_fat.quant.fake_quant import quantize_weight
-from apot_fat.quant.layers import AnyQuantized, initial_step_threshold
-from apot_fat.quant.levels import LevelSet
-from apot_fat.quant.sampling import sample, sample_columns
+from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.watching import evaluation_mode, watch_inputs
 from apot_fat.text import one_line
 
 ThresholdRule = Literal["mse", "lsq"]
-
-FIT_SAMPLES = 1 << 16
-"""Values that a threshold is fitted to."""
-_FIT_CHANNEL_SAMPLES = 1 << 10
-_FIT_RANGE, _FIT_STEPS, _FINE_STEPS = (0.01, 4.0), 100, 21
 
 
 @torch.no_grad()
@@ -68,12 +58,12 @@ def initialize_thresholds(model: nn.Module, batch: Tensor, rule: str = "mse") ->
         if waiting.pop(id(layer), None) is None:  # called again
             return
         assert isinstance(layer, AnyQuantized)
-        if layer.act_alpha is not None and isinstance(inputs[0], Tensor) and inputs[0].numel():
-            x = F.relu(inputs[0]) if layer.relu else inputs[0]
+        quantizer, alpha, x = layer.act_quantizer, layer.act_alpha, inputs[0]
+        if quantizer is not None and alpha is not None and isinstance(x, Tensor) and x.numel():
             if rule == "mse":
-                layer.act_alpha.fill_(fit_threshold(x, layer.spec.act_set, signed=layer.spec.act_signed))
+                alpha.copy_(quantizer.fit(x, per_channel=alpha.dim() > 0))
             else:
-                layer.act_alpha.copy_(initial_step_threshold(x.abs().mean(), layer.spec.act_set))
+                alpha.copy_(quantizer.initial_step(x, per_channel=alpha.dim() > 0))
                 keep_thresholds_positive(layer)
 
     try:
@@ -84,25 +74,6 @@ def initialize_thresholds(model: nn.Module, batch: Tensor, rule: str = "mse") ->
     return model
 
 
-def fit_threshold(values: Tensor, levels: LevelSet, *, signed: bool) -> float:
-    """The clipping threshold of least squared error.
-
-    Equation: argmin over α of Σ (v − v_q(α))², α / max |v| on a geometric grid of 100 from 1/100 to 4 (levels of powers
-    of two lie densest near 0, so that it may pay to leave the upper ones unused), then on 21 around the best of them;
-    about 65,000 values taken at random stand for more.
-
-    Args:
-        values: any shape, not empty.
-        levels: the level set.
-        signed: whether levels stand for magnitudes; otherwise a negative value goes to 0.
-
-    Returns:
-        α, same unit as the values; 1 where no value is positive (or, signed, not zero).
-    """
-    values = sample(values, FIT_SAMPLES).float()
-    return _fit_rows((values if signed else values.clamp(min=0))[None], levels).item()
-
-
 @torch.no_grad()
 def fit_weight_threshold(layer: AnyQuantized) -> None:
     """Set a layer's weight thresholds, of the layer or of each channel, to those of least squared error, in place.
@@ -110,33 +81,9 @@ def fit_weight_threshold(layer: AnyQuantized) -> None:
     A layer without one, or whose threshold is not learned, is left as it is. About 1,000 values taken at random stand
     for a channel's.
     """
-    if layer.weight_alpha is None or not layer.spec.weight_alpha_learned:
-        return
-    w, levels = layer.transformed_weight(), layer.spec.weight_set
-    if not layer.weight_alpha.dim():
-        layer.weight_alpha.fill_(fit_threshold(w, levels, signed=True))
-        return
-    layer.weight_alpha.copy_(_fit_rows(sample_columns(w.flatten(1), _FIT_CHANNEL_SAMPLES).float(), levels))
-
-
-def _fit_rows(values_CK: Tensor, levels: LevelSet) -> Tensor:
-    # the threshold of each row, (C,)
-    largest_C = values_CK.abs().amax(1)
-    coarse_S = torch.logspace(math.log10(_FIT_RANGE[0]), math.log10(_FIT_RANGE[1]), _FIT_STEPS, device=values_CK.device)
-    best_C = _best_of(values_CK, coarse_S[:, None] * largest_C, levels)
-    step = math.log10(_FIT_RANGE[1] / _FIT_RANGE[0]) / (_FIT_STEPS - 1)
-    best_C = _best_of(
-        values_CK, torch.logspace(-step, step, _FINE_STEPS, device=values_CK.device)[:, None] * best_C, levels
-    )
-    return torch.where((largest_C > 0) & largest_C.isfinite(), best_C, 1.0)
-
-
-def _best_of(values_CK: Tensor, candidates_SC: Tensor, levels: LevelSet) -> Tensor:
-    errors = [
-        (quantize_weight(values_CK, alpha_C, levels, clip_gradient=True) - values_CK).square().sum(1)
-        for alpha_C in candidates_SC
-    ]
-    return candidates_SC.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+    quantizer, alpha = layer.weight_quantizer, layer.weight_alpha
+    if quantizer is not None and alpha is not None and layer.spec.weight_alpha_learned:
+        alpha.copy_(quantizer.fit(layer.transformed_weight(), per_channel=alpha.dim() > 0))
 
 
 @contextmanager

@@ -54,6 +54,7 @@ class TrainConfig:
         4, "bits of weights and activations: 2 to 8, or 32", expected="choose an integer from 2 to 8, or 32"
     )
     weight_per_channel: bool = _option(False, "one weight threshold an output channel instead of one a layer")
+    act_per_channel: bool = _option(False, "one activation threshold an input channel instead of one a layer")
     data: str = _option("digits", "digits, cifar10, cifar100, a folder of images, or an .npz file", "--data_dir")
     test_data: str | None = _option(None, "test images: a folder of class folders or an .npz file")
     data_root: str = _option("data", "where CIFAR is kept or downloaded to")

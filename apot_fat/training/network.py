@@ -36,7 +36,7 @@ log = logging.getLogger("apot_fat")
 
 def create_network(config: TrainConfig, num_classes: int) -> nn.Module:
     """The network a config names."""
-    options = {"weight_per_channel": True} if config.weight_per_channel else {}
+    options = {name: True for name in ("weight_per_channel", "act_per_channel") if getattr(config, name)}
     return create_model(config.arch, config.preset, config.bit, num_classes, **options)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from apot_fat.quant.all_layers import threshold_layers
+from apot_fat.quant.quantizer import PARAMETERS
 from apot_fat.training.config import TrainConfig
 
 log = logging.getLogger("apot_fat")
@@ -28,8 +29,9 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, ob
     weight_alphas: list[nn.Parameter] = []
     if config.threshold_groups:
         for _, layer in threshold_layers(model):
-            act_alphas += [p for p in (layer.act_alpha,) if p is not None]
-            weight_alphas += [p for p in (layer.weight_alpha, layer.transform) if p is not None]
+            for name in PARAMETERS:
+                if (parameter := getattr(layer, name)) is not None:
+                    (act_alphas if name.startswith("act_") else weight_alphas).append(parameter)
     apart = {id(p) for p in (*act_alphas, *weight_alphas)}
     rest = [p for p in model.parameters() if id(p) not in apart]
     groups: list[dict[str, object]] = [

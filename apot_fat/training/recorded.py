@@ -8,7 +8,8 @@ from typing import Any
 
 from apot_fat.training.config import TrainConfig, is_allowed
 
-_NEEDED = {"arch", "preset", "bit", "weight_per_channel", "data", "test_data", "image_size", "mean", "std", "amp"}
+_NEEDED = {"arch", "preset", "bit", "weight_per_channel", "act_per_channel"}
+_NEEDED |= {"data", "test_data", "image_size", "mean", "std", "amp"}
 
 
 def recorded_config(content: Mapping[str, Any], where: str) -> TrainConfig | None:

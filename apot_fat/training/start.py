@@ -92,7 +92,8 @@ def _network_of_init(config: TrainConfig, num_classes: int) -> nn.Module:
             f"reconstruct {config.reconstruct}: the images of {config.init} are normalised by other means and "
             f"standard deviations {theirs.normalization()}: give them as mean and std"
         )
-    made = replace(config, preset=theirs.preset, weight_per_channel=theirs.weight_per_channel)
+    per_channel = {name: getattr(theirs, name) for name in ("weight_per_channel", "act_per_channel")}
+    made = replace(config, preset=theirs.preset, **per_channel)
     if theirs.bit != FLOAT_BITS:
         return load_weights(create_network(replace(made, bit=theirs.bit), num_classes), content)
     return load_weights(set_bits(create_network(made, num_classes), FLOAT_BITS), content)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from apot_fat.models.imagenet_resnet import Bottleneck, ImageNetResNet
 from apot_fat.models.registry import LayerMaker
-from apot_fat.quant import preset
+from apot_fat.quant import fit_threshold, level_set, preset
 from apot_fat.quant.fast import layer_output
 from apot_fat.training.build import make_batches
 from apot_fat.training.optim import make_optimizer
@@ -70,7 +70,7 @@ NOT_REACHED = {
         "training.teacher:_Renormalized.*",
     ],
     "without quant.fast alone": ["quant.projection:*", "quant.seam:Plain.*"],
-    "never called by the package": ["quant.convert.calibration:_Mark.backward"],
+    "never called": ["quant.convert.calibration:_Mark.backward", "quant.quantizer:Quantizer._quantize"],
 }
 """Patterns of functions that the tour does not reach, by the reason."""
 
@@ -145,6 +145,8 @@ def tour(folder: Path, patch: pytest.MonkeyPatch) -> None:
     block = LayerMaker(preset("apot-imagenet", 4))
     ImageNetResNet(block, Bottleneck, (1, 1, 1, 1), works.CLASSES).to(DEVICE)(torch.rand(2, 3, 32, 32, device=DEVICE))
     works.training(DEVICE, "resnet20", "fat-cifar", weight_per_channel=True)
+    works.training(DEVICE, "resnet20", "apot-cifar", act_per_channel=True)
+    fit_threshold(torch.rand(9, device=DEVICE), level_set("apot", 3), signed=False)
     with patch.context() as patched:
         patched.setattr(layer_output, "REMEMBER_ELEMENTS", 0)
         run = works.config("resnet20", "apot-imagenet-pot", batch_size=4)

@@ -24,6 +24,7 @@ from apot_fat.models import create_model
 from apot_fat.quant import EIGHT_BIT, QuantConv2d, QuantLinear, level_set, preset, quantize_activation, threshold_layers
 from apot_fat.quant.fast.byte_product import largest_product
 from apot_fat.quant.integers import integer_weight
+from apot_fat.quant.quantizer import SignedQuantizer, UnsignedQuantizer
 from apot_fat.quant.spec import InputClip
 from apot_fat.report import cost_report
 
@@ -97,7 +98,7 @@ def test_quantizer_makes_the_published_decisions(family: str, bits: int, clip: I
     thresholds = torch.tensor(levels.thresholds)
     x = torch.cat([thresholds, torch.nextafter(thresholds, torch.tensor(0.0)), torch.linspace(-1.5, 1.5, 999)])
     builder = GraphBuilder(one_input_graph(1))
-    emit_projection(builder, "x", Projection(levels, 1.0, clip), "y")
+    emit_projection(builder, "x", Projection(UnsignedQuantizer(levels, -3, clip, "full"), 1.0), "y")
     found = run_file(builder.finish().SerializeToString(), x)
     assert torch.equal(found, quantize_activation(x, alpha, levels, clip=clip).abs() * found.sign())
 
@@ -106,7 +107,7 @@ def test_signed_quantizer_mirrors_the_levels() -> None:
     levels, alpha = level_set("apot", 3), 0.7
     x = torch.linspace(-1, 1, 501)
     builder = GraphBuilder(one_input_graph(1))
-    emit_projection(builder, "x", Projection(levels, alpha, "above", signed=True), "y")
+    emit_projection(builder, "x", Projection(SignedQuantizer(levels, -3, True), alpha), "y")
     expected = x.sign() * quantize_activation(x.abs(), torch.tensor(alpha), levels)
     assert torch.equal(run_file(builder.finish().SerializeToString(), x), expected)
 
@@ -119,7 +120,7 @@ def test_table_as_arithmetic_of_bytes(threaded: bool) -> None:
     tables += [np.repeat([0, 3, 255], [1, 254, 1]), np.repeat([0, 1], [255, 1]), np.repeat([5, 6], [1, 255])]
     for bits in (2, 3, 4):
         for last in (20, 100, 254, 700):  # bytes up to the threshold, or some of them
-            projection = Projection(level_set("apot", bits), float(last), "relu")
+            projection = Projection(UnsignedQuantizer(level_set("apot", bits), -3, "relu", "full"), float(last))
             tables += [projection.numerators(np.arange(256) + offset) for offset in (0.0, 0.5)]
     x = torch.arange(256).to(torch.uint8)
     for table in tables:

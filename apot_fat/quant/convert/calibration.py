@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from apot_fat.quant.convert.batches import floating, run_batch
 from apot_fat.quant.convert.norms import batch_norms, channel_statistics
+from apot_fat.quant.fitting import FIT_SAMPLES
 from apot_fat.quant.sampling import sample
-from apot_fat.quant.thresholds import FIT_SAMPLES
 from apot_fat.quant.watching import evaluation_mode, watch_inputs, watch_outputs
 
 _OUTPUT_SAMPLES = 1 << 14

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apot_fat.quant.layers import AnyQuantized, QuantConv2d, QuantLinear
+from apot_fat.quant.quantizer import PARAMETERS
 from apot_fat.quant.spec import QuantSpec
 
 
@@ -58,9 +59,9 @@ def fold_weight(module: nn.Module, plain: type[nn.Module]) -> None:
     assert isinstance(module, AnyQuantized)
     with torch.no_grad():
         weight = nn.Parameter(module.quantized_weight().detach().clone(), requires_grad=module.weight.requires_grad)
-    for name in ("weight_alpha", "act_alpha", "transform"):
+    for name in PARAMETERS:
         module._parameters.pop(name, None)
-    for name in ("relu", "fixed_bits", "_spec", "weight_set", "act_set", "_kept"):
+    for name in ("_relu", "fixed_bits", "_spec", "weight_quantizer", "act_quantizer", "_kept"):
         module.__dict__.pop(name, None)
     module.weight = weight
     module.__class__ = plain  # type: ignore[assignment]

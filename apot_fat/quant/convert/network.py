@@ -29,7 +29,7 @@ from apot_fat.quant.convert.plan import NetworkPlan, base_spec, plan_network
 from apot_fat.quant.convert.reconstruction import Reconstruction, tune_blocks
 from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.spec import FLOAT_BITS
-from apot_fat.quant.thresholds import fit_threshold, fit_weight_threshold
+from apot_fat.quant.thresholds import fit_weight_threshold
 
 
 @torch.no_grad()
@@ -116,8 +116,8 @@ def convert_planned(plan: NetworkPlan, name: str) -> None:
     """Make of one layer what is planned, and fit its thresholds, in place."""
     planned, seen = plan.plans[name], plan.seen(name)
     layer = convert_layer(plan.layers[name], planned.spec)
-    if layer.act_alpha is not None and seen is not None:
-        layer.act_alpha.fill_(fit_threshold(seen.values, layer.spec.act_set, signed=layer.spec.act_signed))
+    if layer.act_alpha is not None and layer.act_quantizer is not None and seen is not None:
+        layer.act_alpha.copy_(layer.act_quantizer.fit(seen.values, per_channel=False))
     fit_weight_threshold(layer)
     layer.fixed_bits = layer.fixed_bits or planned.has_own_bits
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from apot_fat.quant.fast.codes import activation_codes, has_codes
 from apot_fat.quant.fast.kernels import pointwise
-from apot_fat.quant.fast.remade import ActSettings, ConvSettings
+from apot_fat.quant.fast.remade import ConvSettings
 from apot_fat.quant.integers import numerators_of
 from apot_fat.quant.levels import LevelSet
-from apot_fat.quant.spec import InputClip
+from apot_fat.quant.quantizer import UnsignedQuantizer
 from apot_fat.quant.units import threshold_in_use
 from apot_fat.text import one_line
 
@@ -48,9 +48,9 @@ class ByteWeight(NamedTuple):
     channels_last: bool
 
 
-def multiplies_bytes(weights: LevelSet, act: LevelSet, clip: InputClip) -> bool:
-    """Whether the levels of a weight and of an unsigned input have numerators of 8 bits, which this processor adds."""
-    if not has_codes(act, clip) or weights.numerators[0] < -128 or weights.numerators[-1] > 127:
+def multiplies_bytes(weights: LevelSet, act: UnsignedQuantizer) -> bool:
+    """Whether the levels of a weight and of an input have numerators of 8 bits, which this processor adds."""
+    if not has_codes(act.levels, act.clip) or weights.numerators[0] < -128 or weights.numerators[-1] > 127:
         return False
     return max(-weights.numerators[0], weights.numerators[-1]) * act.numerators[-1] <= largest_product()
 
@@ -85,7 +85,7 @@ def pack_weight(
 
 
 def byte_product(
-    x: Tensor, alpha: Tensor, weight: ByteWeight, bias: Tensor | None, act: ActSettings, conv: ConvSettings | None
+    x: Tensor, alpha: Tensor, weight: ByteWeight, bias: Tensor | None, act: UnsignedQuantizer, conv: ConvSettings | None
 ) -> Tensor:
     """Quantize an input and multiply its numerators with a weight's.
 
@@ -149,7 +149,7 @@ def largest_product() -> int:
 def _sums_are_exact(largest_input: int, largest_weight: int) -> bool:
     # more of these products than 16 bits hold
     ones, levels = torch.ones(()), LevelSet((0, largest_input), largest_input)
-    act = ActSettings(levels, "both", "full", 1.0)
+    act = UnsignedQuantizer(levels, -1, "both", "full")
     with torch.no_grad():
         for conv in (None, ConvSettings((1, 1), (0, 0), (1, 1), 1)):
             shape = (3, 64) if conv is None else (3, 64, 1, 1)

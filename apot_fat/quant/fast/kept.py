@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from apot_fat.quant.fast.byte_product import ByteWeight, multiplies_bytes, pack_weight
 from apot_fat.quant.fast.remade import conv_settings
 from apot_fat.quant.layers import AnyQuantized, QuantConv2d
+from apot_fat.quant.quantizer import UnsignedQuantizer
 from apot_fat.quant.seam import MemoryLayer, get_kernels
 
 T = TypeVar("T")
@@ -97,13 +98,14 @@ def byte_weight(layer: AnyQuantized) -> ByteWeight | None:
     if torch.compiler.is_compiling():
         kept = layer._kept if _graphs_may_read else None
         return None if kept is None or kept.byte_weight is None else kept.byte_weight.value
-    weight_alpha, act_alpha, weights, act = layer.weight_alpha, layer.act_alpha, layer.weight_set, layer.act_set
-    if weight_alpha is None or act_alpha is None or weights is None or act is None:
+    weight_alpha, act_alpha, act = layer.weight_alpha, layer.act_alpha, layer.act_quantizer
+    if weight_alpha is None or act_alpha is None or not isinstance(act, UnsignedQuantizer) or act_alpha.dim():
         return None
+    weights = layer.spec.weight_set
     sources = (*_weight_sources(layer), act_alpha)
     if get_kernels() == "eager" or not all(p.device.type == "cpu" and _is_plain(p) for p in sources):
         return None
-    if layer.weight.dtype != torch.float32 or not multiplies_bytes(weights, act, layer.input_clip):
+    if layer.weight.dtype != torch.float32 or not multiplies_bytes(weights, act):
         return None
     conv = conv_settings(layer) if isinstance(layer, QuantConv2d) else None
     if conv is None and isinstance(layer, QuantConv2d):
@@ -111,7 +113,7 @@ def byte_weight(layer: AnyQuantized) -> ByteWeight | None:
 
     def compute() -> ByteWeight | None:
         w_q = layer.quantized_weight()
-        return pack_weight(w_q, weight_alpha, weights, act_alpha, act, conv) if w_q.isfinite().all() else None
+        return pack_weight(w_q, weight_alpha, weights, act_alpha, act.levels, conv) if w_q.isfinite().all() else None
 
     return _keep(layer, "byte_weight", sources, compute)
 

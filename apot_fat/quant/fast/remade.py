@@ -25,17 +25,7 @@ from apot_fat.quant.fast.codes import (
     has_codes,
 )
 from apot_fat.quant.fast.kernels import pointwise
-from apot_fat.quant.levels import LevelSet
-from apot_fat.quant.spec import ActAlphaGradient, InputClip
-
-
-class ActSettings(NamedTuple):
-    """The constants of ``quantize_activation``."""
-
-    levels: LevelSet
-    clip: InputClip
-    alpha_gradient: ActAlphaGradient
-    grad_scale: float
+from apot_fat.quant.quantizer import UnsignedQuantizer
 
 
 class ConvSettings(NamedTuple):
@@ -57,7 +47,13 @@ def conv_settings(layer: nn.Conv2d) -> ConvSettings | None:
 
 
 def quantized_product(
-    x: Tensor, alpha: Tensor, w_q: Tensor, bias: Tensor | None, act: ActSettings, conv: ConvSettings | None
+    x: Tensor,
+    alpha: Tensor,
+    w_q: Tensor,
+    bias: Tensor | None,
+    act: UnsignedQuantizer,
+    grad_scale: float,
+    conv: ConvSettings | None,
 ) -> Tensor:
     """Quantize an input and multiply it with a weight.
 
@@ -69,12 +65,13 @@ def quantized_product(
         w_q: (C_out, C_in / groups, k_h, k_w), or (C_out, C_in).
         bias: (C_out,) or None.
         act: the quantizer.
+        grad_scale: factor on the threshold's gradient.
         conv: the convolution, or None for a linear layer.
 
     Gradient: that of the plain composition, from x_q made again.
     """
     if torch.is_grad_enabled():
-        return _QuantizedProduct.apply(x, alpha, w_q, bias, act, conv)
+        return _QuantizedProduct.apply(x, alpha, w_q, bias, act, grad_scale, conv)
     (x_q,) = pointwise(activation_forward, (x,), (alpha,), act.levels, act.clip, into=x.dtype)
     return _product(x_q, w_q, bias, conv)
 
@@ -87,7 +84,8 @@ class _QuantizedProduct(torch.autograd.Function):
         alpha: Tensor,
         w_q: Tensor,
         bias: Tensor | None,
-        act: ActSettings,
+        act: UnsignedQuantizer,
+        grad_scale: float,
         conv: ConvSettings | None,
     ) -> Tensor:
         settings = act.levels, act.clip
@@ -97,7 +95,7 @@ class _QuantizedProduct(torch.autograd.Function):
             (x_q,), codes = pointwise(activation_forward, (x,), (alpha,), *settings, into=x.dtype), None
         y = _product(x_q, w_q, bias, conv)
         ctx.save_for_backward(x, codes, alpha, w_q)
-        ctx.act, ctx.conv = act, conv
+        ctx.act, ctx.grad_scale, ctx.conv = act, grad_scale, conv
         ctx.bias_type = None if bias is None else bias.dtype
         ctx.product_type = y.dtype  # autocast may have lowered it
         return y
@@ -119,15 +117,16 @@ class _QuantizedProduct(torch.autograd.Function):
         grad_x = grad_alpha = None
         if grad_x_q is not None:
             grad_x_q = grad_x_q.to(x.dtype)  # held by nobody else, so that it can be overwritten
+            gradient: tuple[Any, ...] = act.clip, act.alpha_gradient
             if codes is None:
-                call = activation_backward, (grad_x_q, x_q, x), (alpha,), *act[1:3]
+                call = activation_backward, (grad_x_q, x_q, x), (alpha,), *gradient
             else:
-                call = activation_backward_from_codes, (grad_x_q, codes, x), (alpha,), *act[:3]
+                call = activation_backward_from_codes, (grad_x_q, codes, x), (alpha,), act.levels, *gradient
             grad_x, grad_alpha = pointwise(*call, into=grad_x_q)
-            grad_alpha = scaled(grad_alpha, act.grad_scale)
+            grad_alpha = scaled(grad_alpha, ctx.grad_scale)
         grad_w = None if grad_w is None else grad_w.to(w_q.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(ctx.bias_type)
-        return grad_x, grad_alpha, grad_w, grad_bias, None, None
+        return grad_x, grad_alpha, grad_w, grad_bias, None, None, None
 
 
 def _product(x_q: Tensor, w_q: Tensor, bias: Tensor | None, conv: ConvSettings | None) -> Tensor:
