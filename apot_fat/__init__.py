@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from apot_fat.checkpoint import load_packed, load_weights, save_packed
-from apot_fat.export import export_onnx, integer_network, integer_program
+from apot_fat.export import export_onnx
+from apot_fat.integer import integer_program, integer_reference
 from apot_fat.quant import (
     EIGHT_BIT,
     LevelSet,
@@ -45,8 +46,8 @@ __all__ = [
     "cost_report",
     "dequantize",
     "export_onnx",
-    "integer_network",
     "integer_program",
+    "integer_reference",
     "load_packed",
     "load_weights",
     "pot_levels",

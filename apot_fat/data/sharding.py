@@ -42,7 +42,8 @@ class Batches(Protocol):
         """Batches an epoch that this process sees, accumulation steps counted one by one."""
         ...
 
-    def __len__(self) -> int:
+    @property
+    def steps(self) -> int:
         """Optimiser steps an epoch; for evaluation batches over all processes."""
         ...
 
@@ -117,7 +118,8 @@ class EpochPlan:
     training: bool
     sharding: Sharding
 
-    def __len__(self) -> int:
+    @property
+    def steps(self) -> int:
         """Optimiser steps; for evaluation batches over all processes."""
         if self.training:
             return self.sharding.steps(self.count, self.batch_size)
@@ -143,8 +145,10 @@ class PlannedBatches(ABC):
 
     plan: EpochPlan
 
-    def __len__(self) -> int:
-        return len(self.plan)
+    @property
+    def steps(self) -> int:
+        """Optimiser steps an epoch; for evaluation batches over all processes."""
+        return self.plan.steps
 
     @property
     def num_batches(self) -> int:

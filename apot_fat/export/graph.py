@@ -58,7 +58,7 @@ class Projection:
         """The quantizer's."""
         return self.quantizer.levels
 
-    def numerators(self, values: np.ndarray) -> np.ndarray:
+    def project(self, values: np.ndarray) -> np.ndarray:
         """The numerators n of α · n / d that non-negative values become; float64 in, int64 out, same shape."""
         u = np.clip(values / self.alpha, 0, 1)
         if self.levels.is_uniform:

@@ -60,7 +60,7 @@ class Bytes:
 def write_integers(
     model: onnx.ModelProto,
     projections: list[Projection],
-    numerators: list[np.ndarray | None],
+    weights: list[np.ndarray | None],
     ranges: dict[str, tuple[float, float]],
 ) -> tuple[onnx.ModelProto, int]:
     """The model with integer convolutions wherever they are possible, and their number.
@@ -68,10 +68,10 @@ def write_integers(
     Args:
         model: float, with ``Project`` nodes.
         projections: what those stand for.
-        numerators: of the weight of each one's layer, int64; None where the weight is float.
+        weights: the numerators of each one's layer, int64; None where the weight is float.
         ranges: smallest and largest value of each float tensor that may become bytes.
     """
-    lowering = _Lowering(model, projections, numerators, ranges)
+    lowering = _Lowering(model, projections, weights, ranges)
     return lowering.builder.finish(), lowering.count
 
 
@@ -80,11 +80,11 @@ class _Lowering:
         self,
         model: onnx.ModelProto,
         projections: list[Projection],
-        numerators: list[np.ndarray | None],
+        weights: list[np.ndarray | None],
         ranges: dict[str, tuple[float, float]],
     ) -> None:
         self.builder = GraphBuilder(model)
-        self.projections, self.numerators, self.ranges = projections, numerators, ranges
+        self.projections, self.weights, self.ranges = projections, weights, ranges
         self.producer = {name: node for node in model.graph.node for name in node.output}
         self.bytes: dict[str, Bytes] = {}  # float tensors that exist as bytes
         self.floats: set[str] = set()  # those of them that exist as floats too
@@ -138,7 +138,7 @@ class _Lowering:
         weight = self.builder.array(node.input[1])
         if index is None or weight is None or weight.ndim != 4:
             return None
-        projection, numerators = self.projections[index], self.numerators[index]
+        projection, numerators = self.projections[index], self.weights[index]
         if numerators is None or numerators.shape != weight.shape or not projection.levels.fits_byte:
             return None
         quantizer = projection.quantizer
@@ -227,7 +227,7 @@ class _Lowering:
         project = self.producer[node.input[0]]
         index = mark_index(project, PROJECT)
         assert index is not None
-        projection, numerators = self.projections[index], self.numerators[index]
+        projection, numerators = self.projections[index], self.weights[index]
         assert numerators is not None
         following = self.next_projection(output)
         y, steps = f"{output}.bytes", 0 if following is None else following.levels.denominator
@@ -294,7 +294,7 @@ class _Lowering:
         if x in self.bytes:
             value = self.bytes[x]
             name = value.name if strides is None else self.sample(value.name, strides)
-            return emit_table(builder, name, projection.numerators(value.values()), threaded=True)
+            return emit_table(builder, name, projection.project(value.values()), threaded=True)
         if strides is not None:
             x = self.sample(x, strides)
         if levels.is_uniform:
@@ -306,7 +306,7 @@ class _Lowering:
         if 2 * levels.denominator <= BYTE_MAX:
             cells = emit_cells(builder, u, levels, "UINT8")
             middles = (np.arange(BYTE_MAX + 1) + 0.5) / (2 * levels.denominator) * projection.alpha
-            return emit_table(builder, cells, projection.numerators(middles), threaded=True)
+            return emit_table(builder, cells, projection.project(middles), threaded=True)
         table = builder.constant(np.array(levels.numerators)[list(levels.cell_codes)], np.uint8)
         return builder.add("Gather", table, emit_cells(builder, u, levels, "INT32"))
 

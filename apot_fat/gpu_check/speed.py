@@ -57,7 +57,7 @@ def check_files(check: Check) -> Iterator[Item]:
     def train_on_them() -> Found:
         pixels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, device=check.device)
         in_memory = make_batches(config, ImageSet(pixels, train_set.labels_N), check.device, training=True)
-        epoch = epoch_of(config, check.device, len(files))
+        epoch = epoch_of(config, check.device, files.steps)
         epoch(in_memory)  # compiles
         ready, streamed = epoch(in_memory).seconds, epoch(files).seconds
         waiting = max(0.0, 1 - ready / streamed)
@@ -153,7 +153,7 @@ def _epoch(check: Check, arch: str, amp: str) -> Found:
     config = TrainConfig(arch=arch, bit=4, amp=amp, lr=0.01, batch_size=min(128, count))
     images = ImageSet(torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8), torch.arange(count) % 10)
     batches = make_batches(config, images, check.device, training=True)
-    epoch = epoch_of(config, check.device, len(batches))
+    epoch = epoch_of(config, check.device, batches.steps)
     epoch(batches)  # compiles
     batches.set_epoch(1)
     seconds = epoch(batches).seconds

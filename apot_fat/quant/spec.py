@@ -32,6 +32,8 @@ def check_bits(bits: int, name: str = "bits") -> None:
 class QuantSpec:
     """How a layer quantizes its weight and its input.
 
+    The defaults are those of ``QuantConv2d`` and ``QuantLinear``: ``preset("apot-imagenet", 5)``.
+
     Args:
         weight_bits, act_bits: 2 to 8, or 32 for float. A weight of b bits spends one on the sign.
         weight_levels, act_levels: level family, ``apot``, ``pot`` or ``uniform``; a weight's also ``twos-complement``
@@ -66,20 +68,20 @@ class QuantSpec:
         ValueError: a field outside its range, naming it.
     """
 
-    weight_bits: int = 4
-    act_bits: int = 4
+    weight_bits: int = 5
+    act_bits: int = 5
     weight_levels: str = "apot"
     act_levels: str = "apot"
     weight_norm: WeightNorm = "standardize"
-    weight_norm_gradient: bool = False
+    weight_norm_gradient: bool = True
     transform: bool = False
-    weight_gradient: WeightGradient = "calibrated"
+    weight_gradient: WeightGradient = "clipped"
     act_signed: bool = False
-    act_clip: ActClip = "above"
+    act_clip: ActClip = "both"
     act_alpha_gradient: ActAlphaGradient = "full"
     grad_scale: float | Literal["lsq"] | None = None
     weight_alpha: float | None = 3.0
-    act_alpha: float = 8.0
+    act_alpha: float = 6.0
     weight_per_channel: bool = False
     weight_alpha_learned: bool = True
     weight_scale: WeightScale = "threshold"
@@ -158,14 +160,15 @@ EIGHT_BIT = QuantSpec(**_BY_MAX, act_levels="uniform", weight_scale="max")
 
 _UNIFORM = {"weight_levels": "uniform", "act_levels": "uniform"}
 _POT = {"weight_levels": "pot", "act_levels": "pot"}
-_APOT_IMAGENET = {
-    "weight_norm_gradient": True,
-    "weight_gradient": "clipped",
-    "act_clip": "both",
-    "act_alpha": 6.0,
+_APOT_CIFAR = {
+    "weight_norm_gradient": False,
+    "weight_gradient": "calibrated",
+    "act_clip": "above",
+    "act_alpha": 8.0,
 }
-_FAT_CIFAR = {"transform": True, "act_alpha": 5.0}
-_FAT_IMAGENET = {"transform": True, "act_alpha_gradient": "clipped-only"}
+_FAT_CIFAR = _APOT_CIFAR | {"transform": True, "act_alpha": 5.0}
+_FAT_IMAGENET = _APOT_CIFAR | {"transform": True, "act_alpha_gradient": "clipped-only"}
+_MOBILENET = _APOT_CIFAR | {"weight_norm": "center", "act_alpha_gradient": "clipped-only", "act_alpha": 5.0}
 
 # Learned Step Size Quantization (Esser et al., 2020), exact but for values on a bound, which count as inside here, and
 # for signed inputs, whose levels are symmetric. The step is s = α / Q_P. As in the paper train thresholds like weights
@@ -174,8 +177,7 @@ _LSQ = {
     "weight_levels": "twos-complement",
     "act_levels": "uniform",
     "weight_norm": "none",
-    "weight_gradient": "clipped",
-    "act_clip": "both",
+    "weight_norm_gradient": False,
     "grad_scale": "lsq",
     "weight_alpha": None,
     "act_alpha": 3.0,
@@ -186,8 +188,7 @@ _PACT = {
     "weight_levels": "odd",
     "act_levels": "uniform",
     "weight_norm": "tanh",
-    "weight_norm_gradient": True,
-    "act_clip": "both",
+    "weight_gradient": "calibrated",
     "act_alpha_gradient": "clipped-only",
     "weight_alpha": 1.0,
     "weight_alpha_learned": False,
@@ -195,15 +196,15 @@ _PACT = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "apot-cifar": {},
-    "apot-imagenet": _APOT_IMAGENET,
-    "apot-imagenet-pot": _APOT_IMAGENET | _POT,
-    "apot-imagenet-uniform": _APOT_IMAGENET | _UNIFORM,
+    "apot-cifar": _APOT_CIFAR,
+    "apot-imagenet": {},
+    "apot-imagenet-pot": _POT,
+    "apot-imagenet-uniform": _UNIFORM,
     "fat-cifar": _FAT_CIFAR | _UNIFORM,
     "fat-cifar-log": _FAT_CIFAR | _POT,
     "fat-imagenet": _FAT_IMAGENET | _UNIFORM,
     "fat-imagenet-log": _FAT_IMAGENET | _POT,
-    "uniform-mobilenet": {"weight_norm": "center", "act_alpha_gradient": "clipped-only", "act_alpha": 5.0} | _UNIFORM,
+    "uniform-mobilenet": _MOBILENET | _UNIFORM,
     "lsq": _LSQ,
     "pact": _PACT,
 }

@@ -139,7 +139,7 @@ class TrainConfig:
     sync_bn: bool = _option(False, "batch norm over the images of all processes")
     dist_timeout: float = _option(1800.0, "seconds to wait for another process before giving up", above=0)
     output: str = _option("result", "folder that holds the run folders", "--job_dir")
-    test_batch_size: int = _option(100, "images a step of evaluation", low=1)
+    test_batch_size: int = _option(100, "images that each process evaluates at once", low=1)
     checkpoint_every: int = _option(0, "steps between checkpoints within an epoch, 0 for none but at its end", low=0)
     skip_nonfinite: int = _option(
         0, "steps in a row whose gradient may be infinite or NaN and that are left out before the run stops", low=0

@@ -84,7 +84,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
         }
         seed_everything(config.seed)
         sets = _make_sets(config, dataset, device, sharding)
-        state = _make_state(config, len(dataset.classes), len(sets.train), device, processes, is_new=before is None)
+        state = _make_state(config, len(dataset.classes), sets.train.steps, device, processes, is_new=before is None)
         if processes.rank:  # dropout of its own; the network is the first process's
             torch.manual_seed(mix_seed(config.seed, processes.rank))
         objective = make_objective(config, len(dataset.classes), device)
@@ -124,7 +124,7 @@ class _Sets(NamedTuple):
 def _make_sets(config: TrainConfig, dataset: Dataset, device: torch.device, sharding: Sharding) -> _Sets:
     assert dataset.train is not None
     train_batches = make_batches(config, dataset.train, device, sharding, training=True)
-    if not len(train_batches):
+    if not train_batches.steps:
         raise ValueError(f"{dataset.name}: {len(dataset.train)} training images do not fill one batch")
     test_batches = make_batches(config, dataset.test, device, sharding)
     val_batches = None if dataset.val is None else make_batches(config, dataset.val, device, sharding)

@@ -141,8 +141,9 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.batches, name)
 
-    def __len__(self) -> int:
-        return len(self.batches)
+    @property
+    def steps(self) -> int:
+        return self.batches.steps
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.batches:

@@ -23,7 +23,7 @@ from apot_fat import (
     cost_report,
     dequantize,
     export_onnx,
-    integer_network,
+    integer_reference,
     load_packed,
     load_weights,
     quantize,
@@ -35,7 +35,7 @@ from apot_fat.checkpoint import read_checkpoint, write_checkpoint
 from apot_fat.command_line import Request
 from apot_fat.data import Batches, FileBatches, FileSet, ImageSet, load_dataset
 from apot_fat.evaluation import evaluate_request
-from apot_fat.export import simulated_accumulator
+from apot_fat.integer import simulated_accumulator
 from apot_fat.models import create_model
 from apot_fat.quant.all_layers import keep_thresholds_positive, threshold_layers
 from apot_fat.quant.diagnosis import odd_layers
@@ -120,7 +120,7 @@ def epoch(
     device = next(model.parameters()).device
     teacher = network(device, run.arch, run.preset_name, 32).eval().requires_grad_(False)
     options = {"label_smoothing": 0.1, "distill_weight": 0.5, "distill_temperature": 4.0}
-    schedule = make_schedule(optimizer, run, len(batches))
+    schedule = make_schedule(optimizer, run, batches.steps)
     scaler = torch.amp.GradScaler(device.type, enabled=run.amp == "fp16")
     guard = FiniteGuard(model, optimizer, scaler, allowed, every=every)
     objective = Objective(teacher=teacher, **options)
@@ -208,7 +208,7 @@ def conversion(device: torch.device, folder: Path, method: str) -> Found:
         "logits": logits.cpu(),
         "folded": folded.cpu(),
         "accumulated": accumulated.cpu(),
-        "integers": integer_network(model)(x.cpu()),
+        "integers": integer_reference(model)(x.cpu()),
         "weights": on_cpu(model.state_dict()),
     }
     if method == "apot":

@@ -19,7 +19,7 @@ from apot_fat.checkpoint import write_checkpoint
 from apot_fat.export import WRITERS, Export, export_onnx
 from apot_fat.export.graph import GraphBuilder, Projection, emit_projection, emit_table
 from apot_fat.export.int8 import best_range, linear_grid
-from apot_fat.export.integer import IntegerLayer
+from apot_fat.integer.reference import IntegerLayer
 from apot_fat.models import create_model
 from apot_fat.quant import EIGHT_BIT, QuantConv2d, QuantLinear, level_set, preset, quantize_activation, threshold_layers
 from apot_fat.quant.fast.byte_product import largest_product
@@ -121,7 +121,7 @@ def test_table_as_arithmetic_of_bytes(threaded: bool) -> None:
     for bits in (2, 3, 4):
         for last in (20, 100, 254, 700):  # bytes up to the threshold, or some of them
             projection = Projection(UnsignedQuantizer(level_set("apot", bits), -3, "relu", "full"), float(last))
-            tables += [projection.numerators(np.arange(256) + offset) for offset in (0.0, 0.5)]
+            tables += [projection.project(np.arange(256) + offset) for offset in (0.0, 0.5)]
     x = torch.arange(256).to(torch.uint8)
     for table in tables:
         builder = GraphBuilder(one_input_graph(2))

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apot_fat import QuantConv2d, QuantLinear, clipping_table, load_packed, load_weights, preset, quantize, save_packed
-from apot_fat.export import IntegerLayer, export_onnx
-from apot_fat.integer import integer_program
+from apot_fat.export import export_onnx
+from apot_fat.integer import IntegerLayer, integer_program
 from apot_fat.quant import initialize_thresholds, quantize_activation, quantize_weight, set_kernels, threshold_layers
 from apot_fat.quant.measure import measure_layers
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from apot_fat import QuantConv2d, QuantLinear, clipping_table, preset, set_bits, show_params
+from apot_fat import QuantConv2d, QuantLinear, QuantSpec, clipping_table, preset, set_bits, show_params
 from apot_fat.quant import ALPHA_FLOOR, EIGHT_BIT, PRESETS, eight_bit_weight, keep_thresholds_positive, quantize
 
 LAYER_BITS = (2, 3, 4, 5)
@@ -108,7 +108,7 @@ def test_every_preset_in_both_layers(name: str, bits: int) -> None:
 
 
 def test_published_arguments_mean_the_imagenet_variants() -> None:
-    assert QuantConv2d(3, 8, 3).spec == preset("apot-imagenet", bits=5)
+    assert QuantSpec() == QuantConv2d(3, 8, 3).spec == QuantLinear(3, 8).spec == preset("apot-imagenet", bits=5)
     assert QuantConv2d(3, 8, 3, bit=3, additive=False).spec == preset("apot-imagenet-pot", bits=3)
     assert QuantLinear(3, 8, bit=4, power=False, grad_scale=0.1).spec == preset(
         "apot-imagenet-uniform", bits=4, grad_scale=0.1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from apot_fat import QuantConv2d, QuantLinear, clipping_table, load_packed, load_weights, preset, quantize, save_packed
 from apot_fat.checkpoint import checkpoint_thresholds
-from apot_fat.export import IntegerLayer, simulated_accumulator
+from apot_fat.integer import IntegerLayer, simulated_accumulator
 from apot_fat.models import create_model
 from apot_fat.quant import (
     ALPHA_FLOOR,

@@ -38,7 +38,7 @@ def test_every_recipe_trains_two_steps(path: Path) -> None:
     assert isinstance(dataset.train, ImageSet)
     batches = make_batches(config, dataset.train, torch.device("cpu"), training=True)
     optimizer = make_optimizer(model, config)
-    schedule = make_schedule(optimizer, config, len(batches))
+    schedule = make_schedule(optimizer, config, batches.steps)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     objective = Objective(label_smoothing=config.label_smoothing)
     scaler = torch.amp.GradScaler("cpu", enabled=False)

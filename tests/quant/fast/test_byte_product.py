@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apot_fat import QuantConv2d, QuantLinear, preset
-from apot_fat.export import integer_network
+from apot_fat.integer import integer_reference
 from apot_fat.models import create_model
 from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.fast.byte_product import largest_product
@@ -148,7 +148,7 @@ def test_a_network_is_its_integer_inference() -> None:
     x = torch.randn(4, 3, 32, 32)
     y = model(x)
     assert all(uses_bytes(layer) for _, layer in threshold_layers(model))
-    torch.testing.assert_close(integer_network(model)(x).float(), y, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(integer_reference(model)(x).float(), y, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("change", ["weight", "weight_alpha", "act_alpha", "load", "spec", "train"])

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apot_fat.export import IntegerLayer, compare_networks, integer_network, simulated_accumulator
-from apot_fat.export.integer import layer_inputs
+from apot_fat.integer import IntegerLayer, compare_networks, integer_reference, simulated_accumulator
+from apot_fat.integer.reference import layer_inputs
 from apot_fat.models import create_model
 from apot_fat.quant import QuantConv2d, QuantLinear, level_set, preset, threshold_layers
 from apot_fat.quant.integers import shift_terms
@@ -123,7 +123,7 @@ def test_shifts_and_adds_multiply_nothing() -> None:
 def test_networks_agree_and_the_model_stays() -> None:
     model = create_model("mobilenet_v2_x0_35", "fat-imagenet", bits=4, num_classes=5)
     before = {name: type(module) for name, module in model.named_modules()}
-    multiply, shift = integer_network(model), integer_network(model, "shift")
+    multiply, shift = integer_reference(model), integer_reference(model, "shift")
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert model.training
     assert not multiply.training
@@ -138,18 +138,18 @@ def test_networks_agree_and_the_model_stays() -> None:
 def test_layers_used_twice_or_alone_are_converted() -> None:
     layer = QuantLinear(6, 6)
     model = nn.Sequential(layer, layer, nn.ModuleDict({"a": layer}))
-    network = integer_network(model)
+    network = integer_reference(model)
     assert isinstance(network, nn.Sequential)
     assert isinstance(network[0], IntegerLayer)
     assert network[0] is network[1]
     assert network.get_submodule("2.a") is network[0]
-    assert isinstance(integer_network(layer, "shift"), IntegerLayer)
-    assert isinstance(integer_network(layer).get_submodule("layer"), QuantLinear)
+    assert isinstance(integer_reference(layer, "shift"), IntegerLayer)
+    assert isinstance(integer_reference(layer).get_submodule("layer"), QuantLinear)
 
 
 def test_comparison_names_the_first_layer_that_differs() -> None:
     model = nn.Sequential(QuantLinear(4, 4, bias=False), nn.ReLU(), QuantLinear(4, 3)).eval()
-    integer = integer_network(model)
+    integer = integer_reference(model)
     x = torch.rand(5, 4) + 0.1
     assert compare_networks(model, integer, x, batch_size=2) == []
     other = copy.deepcopy(integer)
@@ -173,9 +173,9 @@ def get_layer(model: nn.Module, name: str) -> QuantLinear:
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="Linear has no layer with quantized weight and input"):
-        integer_network(nn.Linear(2, 2))
+        integer_reference(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="arithmetic 'add': choose one of multiply, shift"):
-        integer_network(QuantLinear(2, 2), "add")  # type: ignore[arg-type]
+        integer_reference(QuantLinear(2, 2), "add")  # type: ignore[arg-type]
     half = QuantLinear(2, 2, spec=preset("apot-cifar", act_bits=32))
     with pytest.raises(ValueError, match="4-bit weight and 32-bit input: integer arithmetic needs both"):
         IntegerLayer(half)
@@ -183,7 +183,7 @@ def test_refusals() -> None:
         simulated_accumulator(half, torch.ones(1, 2))
     wide = nn.Sequential(QuantLinear(64, 2, spec=preset("fat-cifar-log", bits=5)))
     with pytest.raises(ValueError, match=r"layer 0: accumulator up to \d+: int32 holds less than 2\^31; use fewer"):
-        integer_network(wide)
+        integer_reference(wide)
     layer = IntegerLayer(QuantLinear(64, 2, spec=preset("uniform-mobilenet", bits=8)))
     layer(torch.full((1, 64), 1e6))
     with pytest.raises(ValueError, match="accumulator up to"):
@@ -201,7 +201,7 @@ def test_released_layers_agree_to_the_last_bit(released: Released, bits: int, co
     assert len(inputs) == 20
     for name, x in inputs:
         check_accumulators(layers[name], x)
-    multiply, shift = integer_network(model), integer_network(model, "shift")
+    multiply, shift = integer_reference(model), integer_reference(model, "shift")
     assert torch.equal(multiply(images[:3]), shift(images[:3]))
 
 
@@ -210,7 +210,7 @@ def test_released_layers_agree_to_the_last_bit(released: Released, bits: int, co
 def test_released_networks_agree_but_for_rounding_ties(released: Released, bits: int, correct: int) -> None:
     model, images, labels = released(bits)
     layers = dict(threshold_layers(model))
-    multiply, shift = integer_network(model), integer_network(model, "shift")
+    multiply, shift = integer_reference(model), integer_reference(model, "shift")
     right = {"float": 0, "multiply": 0, "shift": 0}
     for start in range(0, len(images), 32):
         batch, label = images[start : start + 32], labels[start : start + 32]

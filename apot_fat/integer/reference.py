@@ -127,7 +127,7 @@ class IntegerLayer(nn.Module):
         return sums_GOP
 
 
-def integer_network(model: nn.Module, arithmetic: Arithmetic = "multiply") -> nn.Module:
+def integer_reference(model: nn.Module, arithmetic: Arithmetic = "multiply") -> nn.Module:
     """A copy of a network for evaluation on the CPU whose quantized layers compute in integers.
 
     Every ``QuantConv2d`` and ``QuantLinear`` whose weight and input are quantized becomes an ``IntegerLayer``; all else
@@ -227,7 +227,7 @@ def compare_networks(
 
     Args:
         model: the float simulation, in evaluation mode, on the CPU.
-        integer: what ``integer_network`` made of it.
+        integer: what ``integer_reference`` made of it.
         images_NCHW: normalised images.
         batch_size: images at once.
 
