@@ -15,10 +15,11 @@ from torch.hub import download_url_to_file
 
 from apot_fat.checkpoint.files import file_checksum
 from apot_fat.models import find_architecture
+from apot_fat.package_files import package_folder
 from apot_fat.quant.spec import nearest
 
 TORCHVISION = "torchvision"
-MANIFEST = Path(__file__).resolve().parents[2] / "checkpoints" / "manifest.toml"
+MANIFEST = package_folder("checkpoints") / "manifest.toml"
 
 
 @dataclass(frozen=True)

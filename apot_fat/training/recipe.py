@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from apot_fat.models import find_architecture
+from apot_fat.package_files import package_folder
 from apot_fat.plain import DEEPEST, plain
 from apot_fat.quant.spec import check_bits, nearest
 from apot_fat.training.config import TrainConfig
 
-CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
+CONFIG_ROOT = package_folder("configs")
 PUBLISHED = "published"
 _DEEP_KEY = re.compile(rf"(?<![^\s.=,])(?:[^\s.=,]++\s*+\.\s*+){{{DEEPEST}}}")
 
