@@ -1,4 +1,4 @@
-"""The command line that the scripts share: one option a config field, recipes, one-line errors."""
+"""The command line that the commands share: one option a config field, recipes, one-line errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from apot_fat.training.config import TrainConfig, field_type
 from apot_fat.training.distributed import launched, of_another_process
 from apot_fat.training.finite import NonFiniteError
 from apot_fat.training.interruption import InterruptedRunError
-from apot_fat.training.recipe import PUBLISHED, Recipe, find_recipe, read_recipe
+from apot_fat.training.recipe import PUBLISHED, Recipe, find_recipe, read_recipe, recipe_name
 
 EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 2, 3, 4, 130
 
@@ -35,8 +35,8 @@ class Request:
     Args:
         given: config values named on the command line.
         implied: config values that follow from those.
-        recipe: the recipe of ``--config``, or the one under ``configs/`` for the network, data and method, or None.
-        options: the script's own options.
+        recipe: the recipe of ``--config``, or the packaged one for the network, data and method, or None.
+        options: the command's own options.
     """
 
     given: dict[str, Any]
@@ -53,13 +53,17 @@ class Request:
 
 def make_parser(description: str) -> OneLineParser:
     """A parser with one option for every field of ``TrainConfig``, and ``--config``."""
-    parser = OneLineParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.toml", help="recipe; options given beside it come over it")
+    parser = OneLineParser(description=description)
+    parser.add_argument(
+        "--config",
+        metavar="NAME|FILE.toml",
+        help="recipe: a name that `apot-fat recipes` lists, or a file; options given beside it come over it",
+    )
     parser.add_argument(
         "--recipe",
         metavar="NAME",
         default=PUBLISHED,
-        help="which recipe under configs/ where --config names none: published or ours (default: published)",
+        help="which packaged recipe where --config names none: published or ours (default: published)",
     )
     group = parser.add_argument_group("run (each is a TOML key of the same name)")
     for option in fields(TrainConfig):
@@ -108,7 +112,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> Req
     if recipe is None and options.recipe != PUBLISHED:
         raise ValueError(f"--recipe {options.recipe!r}: configs/ has none for {arch} with {preset} on {data}")
     if recipe:
-        log.info("recipe: %s", _relative(recipe.path))
+        log.info("recipe: %s", recipe_name(recipe.path))
     return Request(given, implied, recipe, options)
 
 
@@ -122,7 +126,7 @@ def parse_values(
 
 
 def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> NoReturn:
-    """Run a script's main: log to standard output, a ``ValueError`` as one line on standard error with exit code 2."""
+    """Run a command's main: log to standard output, a ``ValueError`` as one line on standard error with exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no × or █ shows a question mark
@@ -138,11 +142,11 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
         if not is_first:
             time.sleep(3)  # torchrun ends this process meanwhile if the first met, and said, the same
         where = f" in process {processes.rank}" if not is_first else ""
-        print(f"{Path(sys.argv[0]).name}: error{where}: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"{program()}: error{where}: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
     except NonFiniteError as error:
         if is_first:
-            print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr, flush=True)
+            print(f"{program()}: error: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_NON_FINITE)
     except InterruptedRunError as error:
         log.info("%s", error)
@@ -151,17 +155,22 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"{program()}: error: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_ENVIRONMENT)
     except RuntimeError as error:
         if not of_another_process(error):
             raise
         where = f"process {processes.rank} has lost another ({one_line(error):.200})"
-        print(f"{Path(sys.argv[0]).name}: error: {where}; go on with --resume auto", file=sys.stderr, flush=True)
+        print(f"{program()}: error: {where}; go on with --resume auto", file=sys.stderr, flush=True)
         sys.exit(EXIT_ENVIRONMENT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(0)
+
+
+def program() -> str:
+    """What this command was called as: ``apot-fat train``, or a script's name."""
+    return Path(sys.argv[0]).name
 
 
 def say(text: str) -> None:
@@ -170,12 +179,12 @@ def say(text: str) -> None:
 
 
 def output_file(text: str, suffix: str, *inputs: str | os.PathLike[str]) -> Path:
-    """The file that a script writes, told before it does its work.
+    """The file that a command writes, told before it does its work.
 
     Args:
         text: its path.
         suffix: of its kind.
-        inputs: what the script reads.
+        inputs: what the command reads.
 
     Raises:
         ValueError: one of the inputs, a file of another kind that is there, or no file.
@@ -193,6 +202,9 @@ def output_file(text: str, suffix: str, *inputs: str | os.PathLike[str]) -> Path
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage."""
+
+    def __init__(self, *, description: str | None) -> None:
+        super().__init__(prog=program(), description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
@@ -230,7 +242,3 @@ _METAVARS = {int: "N", float: "X", str: "NAME"}
 
 def _shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _relative(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,59 +1,66 @@
-"""Evaluation from the command line: which checkpoint, which network, which images; and what is printed."""
+"""Evaluation: which checkpoint, which network, which images; what ``apot-fat evaluate`` does."""
 
 from __future__ import annotations
 
-import argparse
+import logging
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from apot_fat.checkpoint import fetch_released
-from apot_fat.command_line import Request, add_model_option, log
-from apot_fat.quant.all_layers import show_params
+from apot_fat.checkpoint.released import read_manifest
 from apot_fat.quant.diagnosis import odd_layers
+from apot_fat.training import loop
 from apot_fat.training.build import load_config_dataset, make_batches, sample_images
 from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
-from apot_fat.training.folder import BEST
-from apot_fat.training.loop import Result, evaluate
+from apot_fat.training.loop import Result
 from apot_fat.training.network import open_network
 
 PUBLISHED_ARCH = "res20"  # what the published evaluation line leaves out
 
-
-def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
-    """The published ``-e/--evaluate`` and ``--test_only``, and ``--released``."""
-    parser.add_argument("-e", "--evaluate", action="store_true", help="evaluate the checkpoint of --init")
-    parser.add_argument(
-        "--test_only", "--test-only", action="store_true", help="evaluate <output>/<arch>_<bit>bit/model_best.pth.tar"
-    )
-    parser.add_argument(
-        "--released", metavar="NAME", help="evaluate a published checkpoint of checkpoints/manifest.toml"
-    )
-    add_model_option(parser)
-    parser.add_argument("--cache", metavar="DIR", help="where published checkpoints are kept")
+log = logging.getLogger("apot_fat")
 
 
-def evaluate_request(request: Request) -> Result:
-    """Evaluate what a command line names and print the published lines: test log, precision, thresholds.
+@dataclass(frozen=True)
+class Evaluation(Result):
+    """What a checkpoint gave on test images; ``top1`` is its accuracy, %.
+
+    Args:
+        dataset: the images.
+        config: the run's, as far as the file records it or was told.
+        model: the network, on the device it was evaluated on.
+    """
+
+    dataset: str
+    config: TrainConfig = field(repr=False)
+    model: nn.Module = field(repr=False)
+
+
+def evaluate(checkpoint: str | Path, *, model: str | None = None, cache: str | None = None, **given: Any) -> Evaluation:
+    """Accuracy of a checkpoint on test images.
 
     One of our checkpoints knows its network, bits and data; a packed file its network and bits; a published one is that
     of a ResNet-20 on CIFAR-10 unless told.
 
+    Args:
+        checkpoint: its path, or the name of a released one (``evaluate_released``).
+        model: ``FILE.py:FUNCTION`` that builds the network, float, where it is one of your own.
+        cache: folder of downloaded checkpoints.
+        given: fields of ``TrainConfig``, such as ``data="cifar10"``.
+
     Raises:
         ValueError: no such checkpoint, one of another network, or bits that are neither recorded nor given.
     """
-    if request.options.released:
-        entry, path = fetch_released(request.options.released, request.options.cache)
-        for name, value in (("arch", entry.arch), ("preset", entry.preset), ("bit", entry.bits), ("data", entry.data)):
-            if value:
-                request.given.setdefault(name, value)
-        log.info("%s: %s top-1 %.2f%%", entry.name, "recorded" if entry.file else "published", entry.top1)
-    else:
-        path = _checkpoint_path(request)
-    opened = open_network(path, {**request.given, "init": None}, request.options.model, arch=PUBLISHED_ARCH)
-    config, model = opened.config, opened.model
+    if str(checkpoint) in read_manifest() and not Path(checkpoint).exists():
+        return evaluate_released(str(checkpoint), model=model, cache=cache, **given)
+    TrainConfig.check_names(given, "evaluate")
+    opened = open_network(checkpoint, given, model, arch=PUBLISHED_ARCH)
+    config, network = opened.config, opened.model
     device = choose_device(config.device, config.gpu)
     set_numerics(config.numerics, device)
     dataset = load_config_dataset(config, need_train=False)
@@ -61,45 +68,32 @@ def evaluate_request(request: Request) -> Result:
         raise ValueError(
             f"{opened.where}: has {opened.num_classes} outputs, {dataset.name} has {len(dataset.classes)} classes"
         )
-    model.to(device)
+    network.to(device)
     if config.channels_last:
-        model.to(memory_format=torch.channels_last)
-    for sentence in odd_layers(model, sample_images(config, dataset.test, device)):
+        network.to(memory_format=torch.channels_last)
+    for sentence in odd_layers(network, sample_images(config, dataset.test, device)):
         log.warning("%s", sentence)
-    mode = request.given.get("compile", "auto")  # not as it was trained: one pass does not earn back a whole graph
-    network = model if mode == "auto" else compile_network(model, mode, device)
-    result = evaluate(
-        network, make_batches(config, dataset.test, device), amp=config.amp, log=log.info, print_freq=config.print_freq
-    )
+    mode = given.get("compile", "auto")  # not as it was trained: one pass does not earn back a whole graph
+    compiled = network if mode == "auto" else compile_network(network, mode, device)
+    batches = make_batches(config, dataset.test, device)
+    result = loop.evaluate(compiled, batches, amp=config.amp, log=log.info, print_freq=config.print_freq)
     log.info(" * Prec %.3f%%", result.top1)
     log.info("%d of %d images correct (%s, test)", result.correct, result.total, dataset.name)
-    show_params(model)
-    return result
+    return Evaluation(**vars(result), dataset=dataset.name, config=config, model=network)
 
 
-def next_higher_checkpoint(config: TrainConfig) -> Path:
-    """The best checkpoint of the next higher bit-width in the output folder (the published ``--use_pretrain``).
+def evaluate_released(name: str, *, model: str | None = None, cache: str | None = None, **given: Any) -> Evaluation:
+    """Accuracy of a released checkpoint, packed here or published, which is fetched and verified; as ``evaluate``.
+
+    Args:
+        name: one of ``checkpoints/manifest.toml``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: as ``evaluate``, and as ``fetch_released``.
     """
-    output = Path(config.output)
-    higher = (*range(config.bit + 1, 9), 32)
-    tried = [output / f"{config.arch}_{bits}bit" / BEST for bits in higher]
-    for path in tried:
-        if path.is_file():
-            return path
-    raise ValueError(f"--use_pretrain: {tried[0]} is not there, nor that of any higher bit-width; name one with --init")
-
-
-def _checkpoint_path(request: Request) -> Path:
-    if "init" in request.given:
-        return Path(request.given["init"])
-    config = request.config()
-    if not request.options.test_only:
-        raise ValueError("no checkpoint to evaluate: name one with --init PATH, or use --test_only")
-    tried = [Path(folder) / config.run_name / BEST for folder in dict.fromkeys([config.output, "test_dir"])]
-    for path in tried:
-        if path.is_file():
-            return path
-    raise ValueError(f"--test_only: {tried[0]} is not there; name a checkpoint with --init")
+    entry, path = fetch_released(name, cache)
+    log.info("%s: %s top-1 %.2f%%", entry.name, "recorded" if entry.file else "published", entry.top1)
+    known: dict[str, Any] = {"arch": entry.arch, "preset": entry.preset, "bit": entry.bits}
+    if entry.data:
+        known["data"] = entry.data
+    return evaluate(path, model=model, **(known | given))

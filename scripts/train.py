@@ -1,47 +1,7 @@
-"""Train one network at one bit-width: python scripts/train.py --arch res20 --bit 4 --init CHECKPOINT."""
+"""The command ``apot-fat train``, run as a script."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
-from apot_fat.command_line import make_parser, parse, run_main, say
-from apot_fat.evaluation import add_evaluation_options, evaluate_request, next_higher_checkpoint
-from apot_fat.training import train
-from apot_fat.training.distributed import launched
-from apot_fat.training.resume import resumed_config
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Train, or with ``-e`` or ``--test_only`` evaluate."""
-    parser = make_parser(__doc__ or "")
-    add_evaluation_options(parser)
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="auto|PATH",
-        help="go on where a run stopped (`auto`: its folder's last checkpoint; a checkpoint's path: with its config)",
-    )
-    parser.add_argument(
-        "--use_pretrain", "--use-pretrain", action="store_true", help="start from the next higher bit-width in --output"
-    )
-    request = parse(parser, argv)
-    if request.options.evaluate or request.options.test_only or request.options.released:
-        evaluate_request(request)
-        return
-    if request.options.use_pretrain and "init" not in request.given:
-        request.given["init"] = str(next_higher_checkpoint(request.config()))
-    resume = request.options.resume
-    if resume not in (None, "auto") and not request.options.config:
-        config = resumed_config(Path(resume), request.given)
-    else:
-        config = request.config()
-    summary = train(config, resume=resume)
-    if not launched().is_first:
-        return
-    best = f"best {summary.best:.3f}% (epoch {summary.best_epoch}, on {summary.best_on})"
-    say(f"last {summary.last:.3f}%, {best}: {summary.folder}")
-
+from apot_fat.command_line import run_main
+from apot_fat.commands.train import main
 
 if __name__ == "__main__":
     run_main(main)

@@ -109,13 +109,28 @@ def test_an_editable_install_is_one_line_that_names_the_checkout(tmp_path: Path)
 def test_the_installed_wheel_finds_its_recipes_and_checkpoints(installed: Path, tmp_path: Path) -> None:
     code = (
         "from apot_fat.checkpoint import fetch_released, load_packed\n"
-        "from apot_fat.training import find_recipe\n"
-        "recipe = find_recipe('digits', 'vgg_tiny', 'apot-cifar')\n"
-        "entry, path = fetch_released('digits_resnet20_apot_3bit')\n"
+        "from apot_fat.training import read_recipe\n"
+        "path = fetch_released('digits_resnet20_apot_3bit')[1]\n"
         "load_packed(path)\n"
-        "print(recipe.path, path, sep='\\n')"
+        "print(read_recipe('digits/vggtiny_apot').path, path, sep='\\n')"
     )
     found = python("-c", code, cwd=tmp_path, path=installed).splitlines()
     package = installed / "apot_fat"
     assert found[0] == str(package / "configs/digits/vggtiny_apot.toml")
     assert found[1] == str(package / "checkpoints/digits_resnet20_apot_3bit.safetensors")
+    assert python(installed / "bin/apot-fat", cwd=tmp_path, path=installed).startswith("usage: apot-fat COMMAND")
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_trains_evaluates_exports_and_reports(installed: Path, tmp_path: Path) -> None:
+    lines = (
+        "train --data digits --arch res20 --bit 4 --epochs 1",
+        "report result --output r.html",
+        "evaluate --released digits_resnet20_apot_3bit",
+        "export result/res20_4bit/model_best.pth.tar --to c --data digits --output net.c",
+    )
+    said = [python("-m", "apot_fat", *line.split(), cwd=tmp_path, path=installed) for line in lines]
+    assert "recipe: digits/resnet20_apot" in said[0]
+    assert (tmp_path / "r.html").stat().st_size > 100_000
+    assert "358 of 360 images correct (digits, test)" in said[2]
+    assert (tmp_path / "net.c").is_file()

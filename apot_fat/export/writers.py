@@ -1,4 +1,4 @@
-"""The files that ``scripts/export.py --to`` writes: a new kind is a function here and its line in ``WRITERS``."""
+"""The files that ``apot-fat export --to`` writes: a new kind is a function here and its line in ``WRITERS``."""
 
 from __future__ import annotations
 

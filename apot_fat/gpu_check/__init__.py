@@ -1,4 +1,4 @@
-"""Checks and times of a GPU, the sections of ``scripts/gpu_check.py``."""
+"""Checks and times of a GPU, the sections of ``apot-fat gpu-check``."""
 
 from apot_fat.gpu_check.check import FAILED, MISSED, OK, Check, Row, Section, run_section, table
 from apot_fat.gpu_check.layers import check_layers

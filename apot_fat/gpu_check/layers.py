@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from apot_fat.gpu_check.check import FAILED, OK, Check, Found, Item
+from apot_fat.package_files import PACKAGE
 from apot_fat.quant.layers import QuantConv2d, QuantLinear
 from apot_fat.quant.spec import EIGHT_BIT, PRESETS, QuantSpec, preset
 from apot_fat.training.compile import compile_network
 from apot_fat.training.device import set_numerics
 
-_ROOT = Path(__file__).resolve().parents[2]
 MODES = ("off", "quantizers", "model")
 CASE_BITS = (2, 3, 4, 5)
 FIXTURE_LIMIT, RANDOM_LIMIT = 1e-5, 1e-4
@@ -76,7 +76,7 @@ def check_layers(check: Check) -> Iterator[Item]:
 
 def fixtures() -> Path | None:
     """``layers.npz``, where the reference data lies; None without."""
-    folders = [Path(os.environ.get("APOT_FAT_REFERENCE", "")), _ROOT.parent / "shared", _ROOT / "shared"]
+    folders = [Path(os.environ.get("APOT_FAT_REFERENCE", "")), PACKAGE.parents[1] / "shared", PACKAGE.parent / "shared"]
     paths = [folder / "reference" / "layers.npz" for folder in folders]
     return next((path for path in paths if path.is_file()), None)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import os
 import re
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -25,17 +23,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from apot_fat.checkpoint import read_checkpoint
-from apot_fat.command_line import make_parser, parse
-from apot_fat.evaluation import add_evaluation_options, evaluate_request
+from apot_fat.evaluation import evaluate
 from apot_fat.gpu_check.check import FAILED, OK, Check, Found, Item
 from apot_fat.models import list_models
 from apot_fat.models.registry import LayerMaker, register
+from apot_fat.package_files import PACKAGE
 from apot_fat.training import Recipe, Result, TrainConfig, train, train_chain
 from apot_fat.training.build import load_config_dataset
 from apot_fat.training.folder import LAST, METRICS
 from apot_fat.training.interruption import InterruptedRunError
-
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 def small_network() -> str:
@@ -170,11 +166,9 @@ def check_torchrun(check: Check) -> Iterator[Item]:
         options |= {"batch_size": 16 * processes, "lr": 0.02, "device": check.device.type, "output": output}
         options |= colors_in_noise(check, 8)
         line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        line += [
-            _ROOT / "scripts" / "train.py",
-            *(part for key, value in options.items() for part in (f"--{key}", value)),
-        ]
-        paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        line += ["-m", "apot_fat", "train"]
+        line += [part for key, value in options.items() for part in (f"--{key}", value)]
+        paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         done = subprocess.run(
             list(map(str, line)),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
@@ -197,9 +191,4 @@ def check_torchrun(check: Check) -> Iterator[Item]:
 
 
 def _evaluated(checkpoint: Path, device: torch.device) -> Result:
-    # as evaluate.py does
-    parser = make_parser("")
-    add_evaluation_options(parser)
-    request = parse(parser, ["--init", str(checkpoint), "--device", str(device)])
-    with redirect_stdout(io.StringIO()):  # the thresholds
-        return evaluate_request(request)
+    return evaluate(checkpoint, device=str(device))

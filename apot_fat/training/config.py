@@ -213,11 +213,16 @@ class TrainConfig:
         Raises:
             ValueError: an unknown key, with the nearest known one, or a bad value.
         """
+        cls.check_names(values, where)
+        return cls(**values)
+
+    @classmethod
+    def check_names(cls, values: dict[str, Any], where: str) -> None:
+        """Raise the ``ValueError`` of ``from_dict`` for a key that is no field."""
         known = {option.name for option in fields(cls)}
         for key in values:
             if key not in known:
                 raise ValueError(f"{where}: unknown key {key!r}{nearest(key, known)}")
-        return cls(**values)
 
 
 def is_allowed(option: Field[Any], value: Any) -> bool:

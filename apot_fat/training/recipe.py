@@ -46,13 +46,49 @@ class Recipe:
         return TrainConfig.from_dict(values, str(self.path))
 
 
-def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+def list_recipes() -> dict[str, str]:
+    """The packaged recipes, and sweeps, by the name that ``--config`` takes; what the head of each says it trains."""
+    found = {}
+    for path in sorted(CONFIG_ROOT.glob("*/*.toml"), key=recipe_name):
+        head = path.read_text(encoding="utf-8").split("# command:")[0]
+        found[recipe_name(path)] = re.split(r"[:.](?:\s|$)", head.replace("\n# ", " ")[2:])[0]
+    return found
+
+
+def recipe_name(path: Path) -> str:
+    """What ``--config`` calls a packaged recipe: its folder, the data set, and its file."""
+    return f"{path.parent.name}/{path.stem}"
+
+
+def config_path(source: str | os.PathLike[str]) -> Path:
+    """The file of a packaged recipe or sweep, or any other.
+
+    Args:
+        source: a path, or a name of ``list_recipes``.
+
+    Raises:
+        ValueError: neither, with the nearest name.
+    """
+    if os.path.isfile(source):
+        return Path(source)
+    names = list_recipes()
+    if str(source) in names:
+        return CONFIG_ROOT / f"{source}.toml"
+    close = nearest(str(source).removeprefix("configs/").removesuffix(".toml"), names)
+    raise ValueError(f"config {source}: no such file, and no packaged recipe{close}: apot-fat recipes lists them")
+
+
+def read_recipe(source: str | os.PathLike[str]) -> Recipe:
     """Read and check a recipe.
+
+    Args:
+        source: its path, or the name of a packaged one, such as ``digits/resnet20_apot`` (``list_recipes``).
 
     Raises:
         ValueError: no such file, no TOML, an unknown key (with the nearest known one) or a bad value.
     """
-    path, content = Path(path), read_toml(path)
+    path = config_path(source)
+    content = read_toml(path)
     known = {option.name for option in fields(TrainConfig)} - {"bit"}
     sections = content.pop("bits", {})
     chain = content.pop("chain", [content.get("bit", 4)])

@@ -21,7 +21,7 @@ from apot_fat.training.device import choose_device
 from apot_fat.training.distributed import gather_objects, launched, process_group
 from apot_fat.training.finite import NonFiniteError
 from apot_fat.training.folder import BEST, RunSummary, summarize
-from apot_fat.training.recipe import PUBLISHED, find_recipe, read_toml
+from apot_fat.training.recipe import PUBLISHED, config_path, find_recipe, read_toml
 from apot_fat.training.results import ResultRow
 from apot_fat.training.resume import is_finished
 from apot_fat.training.run import train
@@ -111,13 +111,16 @@ class Sweep:
         return TrainConfig.from_dict(values, where)
 
 
-def read_sweep(path: str | os.PathLike[str]) -> Sweep:
+def read_sweep(source: str | os.PathLike[str]) -> Sweep:
     """Read a sweep file and check its names; the cells' values are checked with their ``config``.
+
+    Args:
+        source: its path, or the name of a packaged one, such as ``sweeps/cifar10_full``.
 
     Raises:
         ValueError: no such file, no TOML, an unknown key (with the nearest known one), or a bad value of the grid.
     """
-    path = Path(path)
+    path = config_path(source)
     where = f"sweep {path}"
     content = read_toml(path)
     _known(content, ("sweep", "base", "bits", "methods", "recipes"), where)

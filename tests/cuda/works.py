@@ -33,8 +33,8 @@ from apot_fat import (
 )
 from apot_fat.checkpoint import read_checkpoint, write_checkpoint
 from apot_fat.command_line import Request
+from apot_fat.commands.evaluate import evaluate_request
 from apot_fat.data import Batches, FileBatches, FileSet, ImageSet, load_dataset
-from apot_fat.evaluation import evaluate_request
 from apot_fat.integer import simulated_accumulator
 from apot_fat.models import create_model
 from apot_fat.quant.all_layers import keep_thresholds_positive, threshold_layers

@@ -1,0 +1,85 @@
+"""Write a checkpoint's network as a small or portable file: apot-fat export PATH --to onnx|packed|c --output FILE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from apot_fat.command_line import OneLineParser, add_model_option, log, output_file
+from apot_fat.export import WRITERS, Export
+from apot_fat.quant.spec import FLOAT_BITS
+from apot_fat.report.subject import usual_shape
+from apot_fat.training.build import load_config_dataset, make_batches
+from apot_fat.training.config import TrainConfig
+from apot_fat.training.folder import recorded_shape
+from apot_fat.training.network import open_network
+
+VERIFY_IMAGES = 100
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export."""
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("checkpoint", help="a checkpoint, ours or released")
+    parser.add_argument("--to", choices=list(WRITERS), required=True, help="kind of file")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("--mode", choices=["float", "int8"], default="float", help="onnx: arithmetic (default: float)")
+    parser.add_argument("--arch", help="network; our checkpoints record theirs")
+    parser.add_argument("--bit", type=int, help="bits; our checkpoints record theirs")
+    parser.add_argument("--preset", help="quantization variant; by default what the spelling of --arch stands for")
+    parser.add_argument("--image-size", type=int, help="height and width of the images, pixels")
+    parser.add_argument(
+        "--data", metavar="NAME", help="images to measure ranges and compare on: as --data of train (default: noise)"
+    )
+    parser.add_argument("--multiply", action="store_true", help="c: products by * instead of shifts and adds")
+    parser.add_argument(
+        "--grid-bits",
+        type=int,
+        default=Export.grid_bits,
+        help=f"c: bits of skip connections, beside the sign; 15 halve their memory (default: {Export.grid_bits})",
+    )
+    add_model_option(parser)
+    options = parser.parse_args(argv)
+    kind = WRITERS[options.to]
+    output = output_file(options.output, kind.suffix, options.checkpoint)
+    kind.check_name(output)
+    for suffix in kind.beside:
+        output_file(str(output.with_suffix(suffix)), suffix, options.checkpoint)
+    names = ("arch", "bit", "preset", "image_size", "data")
+    opened = open_network(options.checkpoint, {name: getattr(options, name) for name in names}, options.model)
+    if options.mode == "int8":
+        if opened.config.bit == FLOAT_BITS:
+            raise ValueError(f"--mode int8: {opened.where} holds a full-precision network; give a quantized one")
+        if options.data is None:
+            raise ValueError("--mode int8: the ranges of sums are measured on images: name some with --data")
+    images = _images(opened.config) if options.data else None
+    shape = recorded_shape(opened.content, opened.where)
+    input_shape = usual_shape(opened.config, shape, options.image_size) if images is None else tuple(images.shape[1:])
+    mean, std = opened.config.normalization()
+    export = Export(
+        model=opened.model,
+        path=output,
+        input_shape=input_shape,
+        images=images,
+        mean=mean,
+        std=std,
+        mode=options.mode,
+        products="multiply" if options.multiply else "shift",
+        grid_bits=options.grid_bits,
+    )
+    said = kind.write(export)
+    log.info("%s: %s", output, said)
+
+
+def _images(config: TrainConfig) -> Tensor:
+    is_one_set = Path(config.data).is_file() and config.test_data is None
+    dataset = load_config_dataset(config, need_train=not is_one_set)
+    batches = make_batches(config, dataset.train or dataset.test, torch.device("cpu"))
+    found: list[Tensor] = []
+    for batch in batches:
+        found.append(batch[0])
+        if sum(map(len, found)) >= VERIFY_IMAGES:
+            break
+    return torch.cat(found)[:VERIFY_IMAGES]

@@ -1,0 +1,67 @@
+"""Print the clipping thresholds in a checkpoint: apot-fat show-params PATH [--table | --csv | --json]."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+from apot_fat.checkpoint import PACKED_SUFFIX, checkpoint_thresholds, packed_thresholds, read_checkpoint
+from apot_fat.command_line import OneLineParser, say
+from apot_fat.quant.layers import threshold_line
+from apot_fat.text import aligned, bar, csv_cell
+
+HEAD = ("layer", "weight_alpha", "act_alpha")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the published line of every quantized layer, or a table."""
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("checkpoint", help="a checkpoint, ours, released, or packed (.safetensors)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--table", action="store_true", help="an aligned table with bars")
+    form.add_argument("--csv", action="store_true", help=f"comma-separated: {','.join(HEAD)}")
+    form.add_argument("--json", action="store_true", help="a list of objects with those keys")
+    options = parser.parse_args(argv)
+    rows = read_thresholds(options.checkpoint)
+    if options.table:
+        say(table(rows))
+    elif options.csv:
+        csv.writer(sys.stdout, lineterminator="\n").writerows([HEAD, *(tuple(map(csv_cell, row)) for row in rows)])
+    elif options.json:
+        print(json.dumps([dict(zip(HEAD, row, strict=True)) for row in rows], indent=1))
+    else:
+        for _, weight_alpha, act_alpha in rows:
+            say(threshold_line(weight_alpha, act_alpha))
+
+
+Row = tuple[str, float | None, float | None]
+
+
+def read_thresholds(path: str) -> list[Row]:
+    """Layer, weight threshold and activation threshold of every quantized layer; None for a float side.
+
+    Raises:
+        ValueError: a file that is no checkpoint, or one of full precision.
+    """
+    if path.endswith(PACKED_SUFFIX):
+        found = packed_thresholds(path)
+    else:
+        found = checkpoint_thresholds(read_checkpoint(path), f"checkpoint {path}")
+    rows = [(name, *alphas) for name, alphas in found.items()]
+    if not rows:
+        raise ValueError(f"checkpoint {path}: holds no clipping thresholds, it is full precision")
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Thresholds in columns, each with a bar on a scale of its own."""
+    head, columns = ["layer"], [[row[0] for row in rows]]
+    for side, name in ((1, "weight α"), (2, "activation α")):
+        values = [row[side] for row in rows]
+        numbers = [value for value in values if isinstance(value, float)]
+        largest = max(numbers, default=0.0)
+        columns.append([f"{value:.3f}" if isinstance(value, float) else "–" for value in values])
+        columns.append([bar(value, largest) if isinstance(value, float) else "" for value in values])
+        head += [name, f"0 … {largest:.3f}"]
+    return aligned(head, list(zip(*columns, strict=True)), left=(head[0], head[2], head[4]))
