@@ -7,6 +7,7 @@ from apot_fat.package_files import PACKAGE
 
 if TYPE_CHECKING:
     from apot_fat.checkpoint import load_packed, load_weights, save_packed
+    from apot_fat.evaluation import evaluate
     from apot_fat.export import export_onnx
     from apot_fat.integer import integer_program, integer_reference
     from apot_fat.quant import (
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
         uniform_levels,
         weight_deactivate_freq,
     )
-    from apot_fat.report import cost_report
+    from apot_fat.reporting import cost_report, report
+    from apot_fat.training import TrainConfig, list_recipes, read_recipe, train, train_chain
 
 __version__ = "0.1.0"
 
@@ -41,38 +43,52 @@ __all__ = [
     "QuantLinear",
     "QuantSpec",
     "Reconstruction",
+    "TrainConfig",
     "allocate_bits",
     "apot_levels",
     "build_power_value",
     "clipping_table",
     "cost_report",
     "dequantize",
+    "evaluate",
     "export_onnx",
     "integer_program",
     "integer_reference",
+    "list_recipes",
     "load_packed",
     "load_weights",
     "pot_levels",
     "preset",
     "quantize",
+    "read_recipe",
     "reconstruct",
+    "report",
     "save_packed",
     "set_bits",
     "show_params",
+    "train",
+    "train_chain",
     "uniform_levels",
     "weight_deactivate_freq",
 ]
 
-_HOMES = {
-    "cost_report": "report",
+_HOMES = {  # of what is not in quant
+    "TrainConfig": "training",
+    "cost_report": "reporting",
+    "evaluate": "evaluation",
     "export_onnx": "export",
     "integer_program": "integer",
     "integer_reference": "integer",
+    "list_recipes": "training",
     "load_packed": "checkpoint",
     "load_weights": "checkpoint",
+    "read_recipe": "training",
+    "report": "reporting",
     "save_packed": "checkpoint",
+    "train": "training",
+    "train_chain": "training",
 }
-_ROOMS = ("checkpoint", "data", "export", "integer", "models", "quant", "report", "training")
+_ROOMS = ("checkpoint", "data", "export", "integer", "models", "quant", "reporting", "training")
 
 if not (PACKAGE / "models").is_dir():  # git made no link (Windows), or an sdist, which has none
     __path__.append(str(PACKAGE.parent))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from apot_fat.models import default_preset, find_architecture
 from apot_fat.text import one_line, printable
@@ -176,28 +176,6 @@ def program() -> str:
 def say(text: str) -> None:
     """Print lines to standard output, as ``printable``."""
     print(printable(text))
-
-
-def output_file(text: str, suffix: str, *inputs: str | os.PathLike[str]) -> Path:
-    """The file that a command writes, told before it does its work.
-
-    Args:
-        text: its path.
-        suffix: of its kind.
-        inputs: what the command reads.
-
-    Raises:
-        ValueError: one of the inputs, a file of another kind that is there, or no file.
-    """
-    path = Path(text)
-    if path.exists():
-        if not path.is_file():
-            raise ValueError(f"{path}: a folder, a device or a pipe; name a file to write")
-        if any(Path(given).exists() and path.samefile(given) for given in inputs):
-            raise ValueError(f"{path}: is read here, and would be overwritten; name another file to write")
-        if path.suffix != suffix:
-            raise ValueError(f"{path}: is there, and no {suffix} file; name another file to write, or remove it")
-    return path
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,23 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[s
 
     rule = "  ".join("─" * width for width in widths)
     return "\n".join([line(head), rule, *(line(row) for row in rows)])
+
+
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
+    """The table of ``aligned`` as HTML, for notebooks.
+
+    >>> html_table(["%"], [["< 1"]])
+    '<table><tr><th style="text-align: right">%</th></tr><tr><td style="text-align: right">&lt; 1</td></tr></table>'
+    """
+
+    def cell(tag: str, name: str, text: str) -> str:
+        side = "left" if name in left else "right"
+        return f'<{tag} style="text-align: {side}">{html.escape(printable(text))}</{tag}>'
+
+    lines = [[cell("th", name, name) for name in head]]
+    lines += [[cell("td", name, text) for name, text in zip(head, row, strict=True)] for row in rows]
+    body = "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
+    return f"<table>{body}</table>"
 
 
 def one_line(error: BaseException) -> str:

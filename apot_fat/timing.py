@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 Work = Callable[[], object]
 Forward = Callable[[], Tensor]

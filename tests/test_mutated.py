@@ -32,7 +32,7 @@ from apot_fat.checkpoint import write_checkpoint
 from apot_fat.data import FileBatches, FileSet, load_dataset
 from apot_fat.models import create_model
 from apot_fat.quant.all_layers import clipping_table
-from apot_fat.report.subject import load_subjects
+from apot_fat.reporting.subject import load_subjects
 from apot_fat.training import TrainConfig
 from apot_fat.training.recipe import CONFIG_ROOT, read_recipe
 from apot_fat.training.sweep import read_sweep

@@ -44,12 +44,12 @@ def run_without(code: str, folder: Path) -> str:
 CALLS = """
 import importlib, json, pkgutil
 from pathlib import Path
-import apot_fat, apot_fat.training, apot_fat.report
+import apot_fat, apot_fat.training, apot_fat.reporting
 for module in pkgutil.walk_packages(apot_fat.__path__, "apot_fat."):
     importlib.import_module(module.name)
 from apot_fat.data import load_dataset
 from apot_fat.models import create_model
-from apot_fat.report import charts, draw_runs, draw_sweep, page
+from apot_fat.reporting import charts, draw_runs, draw_sweep, page
 from apot_fat.training.board import Board
 model = create_model("resnet20", bits=4)
 Path("some.safetensors").touch()

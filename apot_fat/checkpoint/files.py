@@ -196,6 +196,28 @@ def _link_over(source: Path, target: Path) -> None:
     aside.replace(target)
 
 
+def output_file(path: str | os.PathLike[str], suffix: str, *inputs: str | os.PathLike[str]) -> Path:
+    """The file that is about to be written, checked before the work is done.
+
+    Args:
+        path: its path.
+        suffix: of its kind.
+        inputs: what the work reads.
+
+    Raises:
+        ValueError: one of the inputs, a file of another kind that is there, or no file.
+    """
+    path = Path(path)
+    if path.exists():
+        if not path.is_file():
+            raise ValueError(f"{path}: a folder, a device or a pipe; name a file to write")
+        if any(Path(given).exists() and path.samefile(given) for given in inputs):
+            raise ValueError(f"{path}: is read here, and would be overwritten; name another file to write")
+        if path.suffix != suffix:
+            raise ValueError(f"{path}: is there, and no {suffix} file; name another file to write, or remove it")
+    return path
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside ``path``: flushed and renamed to it if the block succeeds, removed if it does not.

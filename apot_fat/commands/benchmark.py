@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from apot_fat.checkpoint import atomic_write
-from apot_fat.command_line import OneLineParser, output_file
+from apot_fat.checkpoint import atomic_write, output_file
+from apot_fat.command_line import OneLineParser
 from apot_fat.data import Augmentation, ImageBatches, ImageSet
 from apot_fat.export import export_onnx
 from apot_fat.export.onnx import ExportMode

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from apot_fat.command_line import OneLineParser, add_model_option, log, output_file
+from apot_fat.checkpoint import output_file
+from apot_fat.command_line import OneLineParser, add_model_option, log
 from apot_fat.export import WRITERS, Export
 from apot_fat.quant.spec import FLOAT_BITS
-from apot_fat.report.subject import usual_shape
+from apot_fat.reporting.subject import usual_shape
 from apot_fat.training.build import load_config_dataset, make_batches
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.folder import recorded_shape

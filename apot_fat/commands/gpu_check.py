@@ -15,8 +15,8 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from apot_fat.checkpoint import atomic_write
-from apot_fat.command_line import OneLineParser, output_file
+from apot_fat.checkpoint import atomic_write, output_file
+from apot_fat.command_line import OneLineParser
 from apot_fat.gpu_check import FAILED, SECTIONS, Check, Row, run_section, table
 from apot_fat.training.device import choose_device
 from apot_fat.training.environment import environment

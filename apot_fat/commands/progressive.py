@@ -7,7 +7,7 @@ from pathlib import Path
 from apot_fat.command_line import log, make_parser, parse, say
 from apot_fat.optional import MissingPackageError
 from apot_fat.quant.spec import check_bits
-from apot_fat.report import draw_runs, find_runs, runs_table
+from apot_fat.reporting import draw_runs, find_runs, runs_table
 from apot_fat.training import train_chain
 from apot_fat.training.distributed import launched
 

@@ -7,8 +7,8 @@ import time
 import torch
 from torch import nn
 
-from apot_fat.checkpoint import PACKED_SUFFIX, save_packed
-from apot_fat.command_line import OneLineParser, add_model_option, log, output_file
+from apot_fat.checkpoint import PACKED_SUFFIX, output_file, save_packed
+from apot_fat.command_line import OneLineParser, add_model_option, log
 from apot_fat.data import Dataset
 from apot_fat.quant import FLOAT_BITS, Reconstruction, allocate_bits, quantize
 from apot_fat.quant.convert import METHODS

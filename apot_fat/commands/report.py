@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from tqdm import tqdm
-
-from apot_fat.checkpoint import atomic_write
-from apot_fat.command_line import OneLineParser, add_model_option, log, output_file
-from apot_fat.quant.measure import weight_layers
-from apot_fat.report.charts import figures, write_figures
-from apot_fat.report.contents import build_report
-from apot_fat.report.page import page
-from apot_fat.report.subject import load_subjects
+from apot_fat.command_line import OneLineParser, add_model_option
+from apot_fat.reporting import report
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,22 +22,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--preset", help="variant of a checkpoint that records none")
     add_model_option(parser)
     options = parser.parse_args(argv)
-    output = output_file(options.output, ".html", *options.paths)
-    given = {name: getattr(options, name) for name in ("arch", "bit", "preset")}
-    subjects = [
-        subject
-        for group, path in enumerate(options.paths)
-        for subject in load_subjects(Path(path), group, options.model, **given)
-    ]
-    layers = sum(1 for subject in subjects for _ in weight_layers(subject.model))
-    with tqdm(total=layers, desc="measure", unit="layer", disable=None) as bar:
-        report = build_report(subjects, options.data, options.image_size, lambda name: bar.update() and None)
-    html = page(report)
-    with atomic_write(output) as temporary:
-        temporary.write_text(html, encoding="utf-8")
-    log.info("%s: %d networks, %.1f MB", output, len(subjects), len(html.encode()) / 1e6)
-    if options.figures:
-        drawn = list(figures(report))
-        with tqdm(total=len(drawn), desc="figures", unit="figure", disable=None) as bar:
-            written = write_figures(drawn, Path(options.figures), lambda name: bar.update() and None)
-        log.info("%s: %d files", options.figures, len(written))
+    report(
+        options.paths,
+        options.output,
+        figures=options.figures,
+        data=options.data,
+        image_size=options.image_size,
+        model=options.model,
+        arch=options.arch,
+        bit=options.bit,
+        preset=options.preset,
+    )

@@ -7,12 +7,13 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from apot_fat.command_line import log, make_parser, output_file, parse_values, say
+from apot_fat.checkpoint import output_file
+from apot_fat.command_line import log, make_parser, parse_values, say
 from apot_fat.optional import MissingPackageError
-from apot_fat.report import draw_sweep, seeds_table, sweep_table
-from apot_fat.report.sweep import MEASURES
+from apot_fat.reporting import draw_sweep, seeds_table, sweep_table
+from apot_fat.reporting.sweep import MEASURES
 from apot_fat.training.distributed import launched
 from apot_fat.training.finite import NonFiniteError
 from apot_fat.training.folder import RunSummary

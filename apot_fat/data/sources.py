@@ -20,7 +20,7 @@ import torch
 from numpy.lib.format import read_array, read_array_header_1_0, read_array_header_2_0, read_magic
 from torch import Tensor
 from torchvision.transforms import v2
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from apot_fat.data.decoding import IMAGE_SUFFIXES, UnreadableImageError, UnreadableImages, read_image
 from apot_fat.data.images import Dataset, FileSet, ImageSet

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.spec import FLOAT_BITS, QuantSpec, check_bits
 from apot_fat.quant.units import ALPHA_FLOOR
+from apot_fat.text import html_table
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,16 @@ class LayerClipping:
     mask_min: float | None = None
 
 
+class ClippingTable(list[LayerClipping]):
+    """The rows of ``clipping_table``, in a notebook a table; columns that are empty are left out."""
+
+    def _repr_html_(self) -> str:
+        names = [field.name for field in fields(LayerClipping)]
+        head = [name for name in names if any(getattr(row, name) is not None for row in self)]
+        rows = [[_shown(getattr(row, name)) for name in head] for row in self]
+        return html_table(head, rows, left=["name"])
+
+
 def threshold_layers(model: nn.Module) -> Iterator[tuple[str, AnyQuantized]]:
     """Name and module of every quantized layer but those of ``EIGHT_BIT``, in the order of definition.
 
@@ -39,13 +50,13 @@ def threshold_layers(model: nn.Module) -> Iterator[tuple[str, AnyQuantized]]:
             yield name, module
 
 
-def clipping_table(model: nn.Module) -> list[LayerClipping]:
+def clipping_table(model: nn.Module) -> ClippingTable:
     """The clipping thresholds of every quantized layer, in the order of definition.
 
     Returns:
         One ``LayerClipping`` a layer; thresholds in their own units, None where a side is float.
     """
-    rows = []
+    rows = ClippingTable()
     for name, layer in threshold_layers(model):
         mask = layer.mask_range() or (None, None)
         alphas = layer.clipping_thresholds()
@@ -110,3 +121,9 @@ def keep_thresholds_positive(model: nn.Module) -> int:
                 alpha.masked_fill_(alpha <= 0, ALPHA_FLOOR)
                 raised += too_low
     return raised
+
+
+def _shown(value: str | float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

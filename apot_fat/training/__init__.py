@@ -4,7 +4,7 @@ from apot_fat.training.config import TrainConfig
 from apot_fat.training.folder import RunSummary, summarize
 from apot_fat.training.loop import Result, evaluate, train_epoch
 from apot_fat.training.progressive import train_chain
-from apot_fat.training.recipe import Recipe, find_recipe, read_recipe
+from apot_fat.training.recipe import Recipe, find_recipe, list_recipes, read_recipe
 from apot_fat.training.run import train
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "TrainConfig",
     "evaluate",
     "find_recipe",
+    "list_recipes",
     "read_recipe",
     "summarize",
     "train",

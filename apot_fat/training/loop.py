@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from apot_fat.data.sharding import Batch, Batches, batches_since
 from apot_fat.training.device import amp_dtype

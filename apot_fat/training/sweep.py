@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from apot_fat.data import Dataset
 from apot_fat.quant.spec import PRESETS, check_bits, nearest

@@ -41,7 +41,7 @@ from apot_fat.quant.all_layers import keep_thresholds_positive, threshold_layers
 from apot_fat.quant.diagnosis import odd_layers
 from apot_fat.quant.layers import QuantConv2d, QuantLinear
 from apot_fat.quant.measure import measure_layers
-from apot_fat.report.bits import network_bits
+from apot_fat.reporting.bits import network_bits
 from apot_fat.training import Result, TrainConfig, evaluate, train, train_epoch
 from apot_fat.training.averaging import WeightAverage
 from apot_fat.training.board import Board

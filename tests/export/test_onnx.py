@@ -26,7 +26,7 @@ from apot_fat.quant.fast.byte_product import largest_product
 from apot_fat.quant.integers import integer_weight
 from apot_fat.quant.quantizer import SignedQuantizer, UnsignedQuantizer
 from apot_fat.quant.spec import InputClip
-from apot_fat.report import cost_report
+from apot_fat.reporting import cost_report
 
 if TYPE_CHECKING:
     from tests.export.conftest import Released

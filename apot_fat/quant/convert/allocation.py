@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from apot_fat.optional import needed_for
 from apot_fat.quant.convert.batches import Calibration, read_batches, run_batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from apot_fat.text import aligned
+from apot_fat.text import aligned, html_table
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class Conversion:
 
     def table(self) -> str:
         """The rows as an aligned table."""
+        return aligned(*self._columns())
+
+    def _columns(self) -> tuple[list[str], list[list[str]], list[str]]:
         names = [field.name for field in fields(ConvertedLayer) if field.name not in ("error", "note")]
         measured = any(row.error is not None for row in self.rows)
         cells = [
@@ -68,12 +71,18 @@ class Conversion:
             for row in self.rows
         ]
         head = [*names, *(("error", "SQNR, dB") if measured else ()), "note"]
-        return aligned(head, cells, left=[*names, "note"])
+        return head, cells, [*names, "note"]
 
     def __str__(self) -> str:
+        return "\n".join([self.table(), *self._summary()])
+
+    def _repr_html_(self) -> str:
+        return "".join([html_table(*self._columns()), *self._summary()])
+
+    def _summary(self) -> list[str]:
         if self.error is None:
-            return self.table()
-        return f"{self.table()}\nthe network's output: error {_shown(self.error)}, SQNR {_shown(self.sqnr)} dB"
+            return []
+        return [f"the network's output: error {_shown(self.error)}, SQNR {_shown(self.sqnr)} dB"]
 
 
 def _decibel(error: float | None) -> float | None:

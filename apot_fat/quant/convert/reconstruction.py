@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from apot_fat.quant.all_layers import keep_thresholds_positive, threshold_layers
 from apot_fat.quant.convert.batches import Calibration, floating, read_batches, run_batch, split_batches

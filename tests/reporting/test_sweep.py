@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from apot_fat.report import draw_sweep, seeds_table, sweep_table
+from apot_fat.reporting import draw_sweep, seeds_table, sweep_table
 from apot_fat.training.results import ResultRow, read_results, write_results
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"

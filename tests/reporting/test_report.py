@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from apot_fat.report import draw_runs, find_runs, runs_table
+from apot_fat.reporting import draw_runs, find_runs, runs_table
 from apot_fat.text import aligned
 
 if TYPE_CHECKING:
-    from tests.report.conftest import Demo
+    from tests.reporting.conftest import Demo
 
 
 def test_table_and_figure_of_an_output_folder(demo: Demo, tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ import pytest
 from apot_fat import quantize
 from apot_fat.checkpoint import save_packed
 from apot_fat.models import create_model
-from apot_fat.report.contents import build_report
-from apot_fat.report.page import page
-from apot_fat.report.subject import load_subjects
+from apot_fat.reporting.contents import build_report
+from apot_fat.reporting.page import page
+from apot_fat.reporting.subject import load_subjects
 
 if TYPE_CHECKING:
-    from tests.report.conftest import Demo
+    from tests.reporting.conftest import Demo
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 FLAGS += " --disable-component-update --disable-sync"

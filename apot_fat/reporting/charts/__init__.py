@@ -11,8 +11,8 @@ from typing import Any
 
 from apot_fat.checkpoint import atomic_write
 from apot_fat.optional import needed_for
-from apot_fat.report.charts.layers import histogram, layer_thresholds, mask, shares, spectrum
-from apot_fat.report.charts.networks import (
+from apot_fat.reporting.charts.layers import histogram, layer_thresholds, mask, shares, spectrum
+from apot_fat.reporting.charts.networks import (
     PARTS,
     accuracy,
     bits_by_layer,
@@ -21,8 +21,8 @@ from apot_fat.report.charts.networks import (
     thresholds_by_layer,
     thresholds_over_time,
 )
-from apot_fat.report.charts.parts import LIGHT, Chart
-from apot_fat.report.contents import Report
+from apot_fat.reporting.charts.parts import LIGHT, Chart
+from apot_fat.reporting.contents import Report
 
 MOST_POINTS = 40  # epochs of a run whose points are drawn on its line
 

@@ -17,9 +17,9 @@ import torch
 from apot_fat.models import find_architecture
 from apot_fat.quant.measure import Distribution, LayerMeasure, measure_layers, weight_layers
 from apot_fat.quant.spec import FLOAT_BITS
-from apot_fat.report.bits import NetworkBits, network_bits, network_method
-from apot_fat.report.cost import CostReport, cost_report
-from apot_fat.report.subject import Images, Subject, input_shape, load_images
+from apot_fat.reporting.bits import NetworkBits, network_bits, network_method
+from apot_fat.reporting.cost import CostReport, cost_report
+from apot_fat.reporting.subject import Images, Subject, input_shape, load_images
 from apot_fat.training.environment import environment
 
 MOST_EPOCHS = 100  # of thresholds over time: every layer's, so thinned out
@@ -41,6 +41,9 @@ class Report:
 
     data: dict[str, Any]
     subjects: tuple[Subject, ...]
+
+    def __repr__(self) -> str:
+        return f"Report({', '.join(run['label'] for run in self.data['runs'])})"
 
     def rows(self, table: str, **where: int) -> list[dict[str, Any]]:
         """The rows of a table where columns have the given values; a run's label and a layer's name go along."""

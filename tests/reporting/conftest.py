@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from apot_fat.checkpoint import save_packed
-from apot_fat.report.contents import Report, build_report
-from apot_fat.report.subject import load_subjects
+from apot_fat.reporting.contents import Report, build_report
+from apot_fat.reporting.subject import load_subjects
 from apot_fat.training import TrainConfig, train
 
 

@@ -17,7 +17,7 @@ from apot_fat.quant.input_shape import run_on_zeros, split_batch
 from apot_fat.quant.integers import integer_weight, shift_terms
 from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.spec import FLOAT_BITS
-from apot_fat.text import aligned, csv_cell
+from apot_fat.text import aligned, csv_cell, html_table
 
 FLOAT_BYTES = FLOAT_BITS // 8
 OTHERS = "(others)"
@@ -85,7 +85,13 @@ class CostReport:
 
     def table(self) -> str:
         """All rows and the total, aligned; ``float %`` is the share of the multiply-accumulates left in float."""
-        return aligned(_HEAD, [_cells(row) for row in (*self.rows, self.total)], left=("layer", "kind"))
+        return aligned(*self._columns())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._columns())
+
+    def _columns(self) -> tuple[Sequence[str], Sequence[Sequence[str]], Sequence[str]]:
+        return _HEAD, [_cells(row) for row in (*self.rows, self.total)], ("layer", "kind")
 
     def to_csv(self) -> str:
         """All rows and the total as comma-separated values under the names of ``LayerCost``."""

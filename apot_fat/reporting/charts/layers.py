@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apot_fat.report.charts.parts import (
+from apot_fat.reporting.charts.parts import (
     EPOCH_AXIS,
     GREY,
     MARGIN,

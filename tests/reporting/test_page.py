@@ -10,17 +10,17 @@ import pytest
 from PIL import Image
 
 from apot_fat.models import create_model
-from apot_fat.report.charts import figures, make_charts, write_figures
-from apot_fat.report.charts.parts import DARK, LIGHT
-from apot_fat.report.contents import Report, build_report
-from apot_fat.report.page import page
-from apot_fat.report.subject import Subject
+from apot_fat.reporting.charts import figures, make_charts, write_figures
+from apot_fat.reporting.charts.parts import DARK, LIGHT
+from apot_fat.reporting.contents import Report, build_report
+from apot_fat.reporting.page import page
+from apot_fat.reporting.subject import Subject
 from apot_fat.training import TrainConfig
 
 if TYPE_CHECKING:
-    from tests.report.conftest import Demo
+    from tests.reporting.conftest import Demo
 
-CSS = Path(__file__).resolve().parents[2] / "apot_fat/report/page.css"
+CSS = Path(__file__).resolve().parents[2] / "apot_fat/reporting/page.css"
 FETCHING = {"src", "href", "srcset", "action", "data", "poster", "xlink:href", "formaction", "background"}
 
 

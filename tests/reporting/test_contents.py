@@ -17,14 +17,14 @@ from apot_fat.quant import QuantConv2d, QuantLinear, preset
 from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.measure import MOST_IMAGES, measure_input, measure_weight
 from apot_fat.quant.normalization import normalize_weight
-from apot_fat.report import cost_report
-from apot_fat.report.contents import Report, build_report
-from apot_fat.report.subject import Images, input_shape, load_images, load_subjects
+from apot_fat.reporting import cost_report
+from apot_fat.reporting.contents import Report, build_report
+from apot_fat.reporting.subject import Images, input_shape, load_images, load_subjects
 from apot_fat.training import summarize
 from apot_fat.training.folder import LAST
 
 if TYPE_CHECKING:
-    from tests.report.conftest import Demo
+    from tests.reporting.conftest import Demo
 
 FP32, APOT, FAT, PACKED = range(4)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from apot_fat.quant.spec import FLOAT_BITS
-from apot_fat.report.charts.parts import (
+from apot_fat.reporting.charts.parts import (
     EPOCH_AXIS,
     GREY,
     HEIGHT,
@@ -19,7 +19,7 @@ from apot_fat.report.charts.parts import (
     tip,
     vega_lite,
 )
-from apot_fat.report.contents import Report
+from apot_fat.reporting.contents import Report
 
 PARTS = {"test": "test", "train": "training", "val": "held-out"}
 _NAMES_HEIGHT = 140  # of layers, upright

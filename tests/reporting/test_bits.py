@@ -13,12 +13,12 @@ from torch import nn
 from apot_fat import quantize
 from apot_fat.checkpoint import save_packed
 from apot_fat.models import create_model
-from apot_fat.report.bits import network_bits, network_method
-from apot_fat.report.charts import figures, make_charts, rows_of, write_figures
-from apot_fat.report.charts.parts import Chart
-from apot_fat.report.contents import Report, build_report
-from apot_fat.report.page import page
-from apot_fat.report.subject import load_subjects
+from apot_fat.reporting.bits import network_bits, network_method
+from apot_fat.reporting.charts import figures, make_charts, rows_of, write_figures
+from apot_fat.reporting.charts.parts import Chart
+from apot_fat.reporting.contents import Report, build_report
+from apot_fat.reporting.page import page
+from apot_fat.reporting.subject import load_subjects
 from apot_fat.training import TrainConfig
 
 OVERRIDES = {"layer1.*": {"bits": 5}, "layer3.*": {"bits": 2}, "layer3.0.conv1": {"weight_bits": 4, "act_bits": 6}}

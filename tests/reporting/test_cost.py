@@ -13,7 +13,7 @@ from torch import nn
 from apot_fat import load_weights
 from apot_fat.models import create_model
 from apot_fat.quant import EIGHT_BIT, QuantConv2d, QuantLinear, preset
-from apot_fat.report import cost_report
+from apot_fat.reporting import cost_report
 
 
 def test_a_layer_by_hand() -> None:

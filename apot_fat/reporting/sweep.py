@@ -10,7 +10,7 @@ from typing import Any
 
 from apot_fat.checkpoint import atomic_write
 from apot_fat.optional import needed_for
-from apot_fat.report.figures import METHOD_COLORS
+from apot_fat.reporting.figures import METHOD_COLORS
 from apot_fat.training.results import ResultRow
 
 MEASURES = ("top1", "best", "val_top1")

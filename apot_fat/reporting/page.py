@@ -15,9 +15,9 @@ from typing import Any
 import jinja2
 
 from apot_fat.optional import needed_for
-from apot_fat.report.charts import make_charts
-from apot_fat.report.charts.parts import DARK, LIGHT
-from apot_fat.report.contents import Report
+from apot_fat.reporting.charts import make_charts
+from apot_fat.reporting.charts.parts import DARK, LIGHT
+from apot_fat.reporting.contents import Report
 
 _COST_COLUMNS = (
     ("name", "layer"),
@@ -115,7 +115,7 @@ def _plotting_library() -> str:
 
 
 def _resource(name: str) -> str:
-    return files("apot_fat.report").joinpath(name).read_text(encoding="utf-8")
+    return files("apot_fat.reporting").joinpath(name).read_text(encoding="utf-8")
 
 
 def _embedded(value: Any) -> str:
