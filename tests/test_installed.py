@@ -137,11 +137,11 @@ def test_the_installed_wheel_trains_evaluates_exports_and_reports(installed: Pat
 
 
 EIGHT_LINES = """
-from apot_fat import TrainConfig, evaluate, read_recipe, report, train
+from apot_fat import evaluate, read_recipe, report, train
 
 recipe = read_recipe("digits/resnet20_apot")
 run = train(recipe.config(4, {"epochs": 2, "output": "python"}))
-print(run.best, train(TrainConfig(arch="vgg_tiny", bit=4, epochs=1, output="python")).best)
+print(run.best)
 report("python", "python.html")
 print(evaluate("digits_resnet20_apot_3bit").top1)
 """
@@ -150,6 +150,6 @@ print(evaluate("digits_resnet20_apot_3bit").top1)
 @pytest.mark.slow
 def test_the_installed_wheel_does_the_same_from_python(installed: Path, tmp_path: Path) -> None:
     said = python("-c", EIGHT_LINES, cwd=tmp_path, path=installed).split()
-    assert [float(number) > 10 for number in said] == [True] * 3
-    assert said[-1].startswith("99.4")
+    assert float(said[0]) > 50
+    assert said[1].startswith("99.4")
     assert (tmp_path / "python.html").is_file()
