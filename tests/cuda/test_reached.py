@@ -69,6 +69,7 @@ NOT_REACHED = {
         "training.folder:*",
         "training.teacher:_Renormalized.*",
     ],
+    "commands: they call what the tour reaches": ["commands.*"],
     "without quant.fast alone": ["quant.projection:*", "quant.seam:Plain.*"],
     "never called": ["quant.convert.calibration:_Mark.backward", "quant.quantizer:Quantizer._quantize"],
 }
