@@ -1,4 +1,4 @@
-"""Write a checkpoint's network as a small or portable file: export.py PATH --to onnx|packed|qonnx|c --output FILE."""
+"""Write a checkpoint's network as a small or portable file: export.py PATH --to KIND --output FILE."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def main(argv: list[str] | None = None) -> None:
         "--grid-bits",
         type=int,
         default=Export.grid_bits,
-        help=f"c, qonnx: bits of skip connections beside the sign; 15 halve their memory (default: {Export.grid_bits})",
+        help=f"c, qonnx, vectors: bits of skip connections beside the sign (default: {Export.grid_bits})",
     )
     parser.add_argument(
         "--accumulator-bits",
         type=int,
         default=Export.accumulator_bits,
-        help=f"c, qonnx: bits of sums beside the sign; 24 for what float32 carries (default: {Export.accumulator_bits})",
+        help=f"the same: bits of sums beside the sign; float32 carries 24 (default: {Export.accumulator_bits})",
     )
     parser.add_argument(
         "--channels-last", action="store_true", help="qonnx: images are (N, H, W, C), as FINN and hls4ml read them"

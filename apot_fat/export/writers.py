@@ -15,10 +15,13 @@ from apot_fat.export.onnx import ExportMode, export_onnx
 from apot_fat.integer import IntegerProgram, integer_program, to_pixels
 from apot_fat.integer.c import Products, c_source, check_c_file
 from apot_fat.integer.qonnx import clean_qonnx, qonnx_model, run_qonnx
+from apot_fat.integer.vectors import hexadecimal, narrowest, vectors
 
 Array = np.ndarray
 EXECUTED = 10
 """Images whose logits are compared where a file is executed."""
+VECTORS = 2
+"""Images whose vectors are written."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,28 @@ def write_qonnx(export: Export) -> str:
     return f"{len(model.graph.node)} nodes, executed by qonnx: all logits of {len(pixels)} images; {measured}"
 
 
+def write_vectors(export: Export) -> str:
+    """Golden vectors, see ``vectors``: an .npz, and a folder of files for ``$readmemh``."""
+    program, pixels, measured = _program(export, "vectors")
+    made = list(vectors(program, pixels[:VECTORS]))
+    folder = _folder_of(export.path)
+    for name, values, bits in made:
+        with atomic_write(folder / f"{name}.hex") as temporary:
+            temporary.write_text(hexadecimal(values, bits), encoding="ascii")
+    with atomic_write(export.path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **{name: narrowest(values) for name, values, _ in made})
+    return f"and {folder.name}/: {len(made)} vectors of {VECTORS} images; {measured}"
+
+
+def _folder_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_hex")
+
+
+def _check_vectors(path: Path) -> None:
+    if _folder_of(path).exists() and not _folder_of(path).is_dir():
+        raise ValueError(f"{_folder_of(path)}: is there, and no folder to write vectors to; give {path} another name")
+
+
 def _program(export: Export, to: str) -> tuple[IntegerProgram, Array, str]:
     # the network in integers, its images as pixels, and what to say of its ranges
     if export.images is None:
@@ -124,4 +149,5 @@ WRITERS = {
     "packed": FileKind(PACKED_SUFFIX, write_packed),
     "qonnx": FileKind(".onnx", write_qonnx),
     "c": FileKind(".c", write_c, check_c_file, (".h",)),
+    "vectors": FileKind(".npz", write_vectors, _check_vectors),
 }
