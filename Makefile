@@ -36,11 +36,11 @@ types: $(VENV)/.installed
 
 check: lint types test
 
-# Debian's compilers and emulators that the slow tests of integer programs call; as root
+# Debian's compilers, emulators and synthesis that the slow tests of integer programs call; as root
 toolchains:
 	apt-get update
 	apt-get install --yes --no-install-recommends gcc clang libclang-rt-dev gcc-riscv64-unknown-elf gcc-arm-none-eabi \
-		qemu-user qemu-system-arm
+		qemu-user qemu-system-arm iverilog yosys
 
 # the slow tests of integer programs
 silicon: $(VENV)/.installed

@@ -16,6 +16,8 @@ from apot_fat.integer import IntegerProgram, integer_program, to_pixels
 from apot_fat.integer.c import Products, c_source, check_c_file
 from apot_fat.integer.qonnx import clean_qonnx, qonnx_model, run_qonnx
 from apot_fat.integer.vectors import hexadecimal, narrowest, vectors
+from apot_fat.integer.verilog import check_verilog_file, verilog_files
+from apot_fat.quant.layers import AnyQuantized
 
 Array = np.ndarray
 EXECUTED = 10
@@ -108,6 +110,22 @@ def write_vectors(export: Export) -> str:
     return f"and {folder.name}/: {len(made)} vectors of {VECTORS} images; {measured}"
 
 
+def write_verilog(export: Export) -> str:
+    """The processing element of the low-bit layers and its test bench, see ``verilog_files``."""
+    program, pixels, _ = _program(export, "verilog")
+    layers = dict(export.model.named_modules())
+    specs = {
+        operation.name: layer.spec
+        for operation in program.operations
+        if isinstance(layer := layers.get(operation.name), AnyQuantized) and layer.act_alpha is not None
+    }
+    files, said = verilog_files(program, specs, pixels[:1], export.path.stem)
+    for name, text in files.items():
+        with atomic_write(export.path.with_name(name)) as temporary:
+            temporary.write_text(text, encoding="ascii")
+    return f"and {', '.join(list(files)[1:])}: {said}"
+
+
 def _folder_of(path: Path) -> Path:
     return path.with_name(f"{path.stem}_hex")
 
@@ -149,5 +167,6 @@ WRITERS = {
     "packed": FileKind(PACKED_SUFFIX, write_packed),
     "qonnx": FileKind(".onnx", write_qonnx),
     "c": FileKind(".c", write_c, check_c_file, (".h",)),
+    "verilog": FileKind(".v", write_verilog, check_verilog_file),
     "vectors": FileKind(".npz", write_vectors, _check_vectors),
 }

@@ -18,6 +18,8 @@ PACKAGES = {
     "objdump": "binutils",
     "riscv64-unknown-elf-gcc": "gcc-riscv64-unknown-elf",
     "arm-none-eabi-gcc": "gcc-arm-none-eabi",
+    "iverilog": "iverilog",
+    "yosys": "yosys",
     "qemu-riscv32": "qemu-user",
     "qemu-system-arm": "qemu-system-arm",
 }

@@ -83,18 +83,3 @@ def test_digits_fit_into_a_small_processor(run: Run) -> None:
     assert used(report, "FLASH") <= 32 << 10
     assert used(report, "RAM") <= 8 << 10
     assert correct >= of_float - 3.6
-
-
-def test_a_checkpoint_becomes_vectors(run: Run, network: Path, tiny_npz: Images) -> None:
-    line = (network, "--arch", "vgg_tiny", "--bit", 3, "--to", "vectors", "--output", "net.npz")
-    Path("net_hex").touch()
-    code, _, err = run("export.py", *line, "--data", tiny_npz[1])
-    assert (code, err.count("\n")) == (2, 1)
-    assert "net_hex: is there, and no folder to write vectors to" in err
-    Path("net_hex").unlink()
-    code, out, err = run("export.py", *line, "--data", tiny_npz[1])
-    assert (code, err) == (0, "")
-    with np.load("net.npz") as vectors:
-        assert f"and net_hex/: {len(vectors.files)} vectors of 2 images; ranges measured on 21 images" in out
-        assert vectors["logits"].shape == (2, 3)
-        assert {f"{name}.hex" for name in vectors.files} == {path.name for path in Path("net_hex").iterdir()}
