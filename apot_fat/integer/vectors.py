@@ -46,11 +46,11 @@ def vectors(program: IntegerProgram, pixels: Array) -> Iterator[tuple[str, Array
 def narrowest(values: Array) -> Array:
     """The values in the smallest of NumPy's types that holds them.
 
-    >>> narrowest(np.array([0, 200])).dtype, narrowest(np.array([-1, 200])).dtype
-    (dtype('uint8'), dtype('int16'))
+    >>> narrowest(np.array([0, 200])).dtype, narrowest(np.array([-4, 4])).dtype
+    (dtype('uint8'), dtype('int8'))
     """
     low, high = int(values.min(initial=0)), int(values.max(initial=0))
-    return values.astype(np.result_type(np.min_scalar_type(low), np.min_scalar_type(high)))
+    return values.astype(np.min_scalar_type(min(low, -high - 1) if low < 0 else high))
 
 
 def hexadecimal(values: Array, bits: int) -> str:

@@ -1,7 +1,7 @@
 """The processing element of a level family in Verilog, and its test bench of sums that occur in a network.
 
-A weight of a family of magnitudes is a sign and fields, each of which selects 0 or a shift of the input; any other is of
-two's complement, and multiplies. What adds up is the same for all, so that they can be compared.
+A weight of a family of magnitudes is a sign and fields, each of which selects 0 or a shift of the input; any other is
+of two's complement, and multiplies. What adds up is the same for all, so that they can be compared.
 """
 
 from __future__ import annotations
