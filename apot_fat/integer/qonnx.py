@@ -53,7 +53,7 @@ def qonnx_model(program: IntegerProgram, channels_last: bool = False) -> onnx.Mo
         channels_last: images are (1, H, W, C), and convolutions and poolings those of QONNX's ``channels_last`` domain.
 
     Raises:
-        ValueError: a maximum or an input of a convolution that float32 does not hold, naming its layer.
+        ValueError: maxima, or sums of a convolution, that are too wide, naming their layer.
         MissingPackageError: onnx is not installed.
     """
     return _Writer(program, channels_last).write()
@@ -190,7 +190,7 @@ class _Writer:
             return self._layered("Conv", [self._cast(image, name, _FLOAT), kernel], operation, **options)
         shape = self.shapes[image]
         row_bits = int(np.abs(weight_OIHW).sum((1, 2, 3)).max()).bit_length()
-        if largest_sum.bit_length() + row_bits > 2 * CARRIER_BITS:
+        if largest_sum.bit_length() + row_bits >= 2 * CARRIER_BITS:  # sums of upper bits: largest_sum / step + a row's
             raise ValueError(
                 f"layer {name}: sums up to {largest_sum} do not come from two of float32's; give {CARRIER_BITS} "
                 "accumulator_bits"
@@ -219,8 +219,9 @@ class _Writer:
         name, image = operation.name, self.names[operation.inputs[0]]
         element = self.elements[image]
         if self.channels_last:  # flattened channel by channel all the same
-            channels, *size = self.shapes[image]
-            image = self._node("Transpose", [image], name, (size[1], channels, size[0]), element, perm=(0, 3, 1, 2))
+            channels, height, wide = self.shapes[image]
+            first = (wide, channels, height)  # which lies as (channels, height, width)
+            image = self._node("Transpose", [image], name, first, element, perm=(0, 3, 1, 2))
         return self._node("Flatten", [image], name, operation.shape[:1], element, axis=1)
 
     def _look_up(self, operation: Lookup, x: str, shape: Sequence[int]) -> str:
