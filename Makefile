@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := apot_fat models scripts tests
 DEMO := result/demo
 
-.PHONY: demo figures test lint types check clean
+.PHONY: demo figures test lint types check toolchains silicon clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,6 +35,16 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 check: lint types test
+
+# Debian's compilers, emulators and synthesis that the slow tests of integer programs call; as root
+toolchains:
+	apt-get update
+	apt-get install --yes --no-install-recommends gcc clang libclang-rt-dev gcc-riscv64-unknown-elf gcc-arm-none-eabi \
+		qemu-user qemu-system-arm iverilog yosys
+
+# the slow tests of integer programs
+silicon: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow tests/integer tests/scripts/test_export_c.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache

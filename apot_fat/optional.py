@@ -12,6 +12,7 @@ _INSTALLED_AS = {
     "onnx": _EXPORT,
     "onnxruntime": _EXPORT,
     "onnxscript": _EXPORT,
+    "qonnx": "apot-fat[qonnx]",
     "sklearn": "scikit-learn",
     "vl_convert": "vl-convert-python",
 }

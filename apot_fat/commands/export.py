@@ -1,4 +1,4 @@
-"""Write a checkpoint's network as a small or portable file: apot-fat export PATH --to onnx|packed|c --output FILE."""
+"""Write a checkpoint's network as a small or portable file: apot-fat export PATH --to KIND --output FILE."""
 
 from __future__ import annotations
 
@@ -39,7 +39,16 @@ def main(argv: list[str] | None = None) -> None:
         "--grid-bits",
         type=int,
         default=Export.grid_bits,
-        help=f"c: bits of skip connections, beside the sign; 15 halve their memory (default: {Export.grid_bits})",
+        help=f"c, qonnx, vectors: bits of skip connections beside the sign (default: {Export.grid_bits})",
+    )
+    parser.add_argument(
+        "--accumulator-bits",
+        type=int,
+        default=Export.accumulator_bits,
+        help=f"the same: bits of sums beside the sign; float32 carries 24 (default: {Export.accumulator_bits})",
+    )
+    parser.add_argument(
+        "--channels-last", action="store_true", help="qonnx: images are (N, H, W, C), as FINN and hls4ml read them"
     )
     add_model_option(parser)
     options = parser.parse_args(argv)
@@ -69,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         mode=options.mode,
         products="multiply" if options.multiply else "shift",
         grid_bits=options.grid_bits,
+        accumulator_bits=options.accumulator_bits,
+        channels_last=options.channels_last,
     )
     said = kind.write(export)
     log.info("%s: %s", output, said)

@@ -1,7 +1,7 @@
 """Networks in integer arithmetic: whole, from pixels to logits (``integer_program``), and layer by layer as their proof
 (``integer_reference``)."""
 
-from apot_fat.integer.lowering import integer_program
+from apot_fat.integer.lowering import integer_program, to_pixels
 from apot_fat.integer.program import IntegerProgram
 from apot_fat.integer.reference import (
     Divergence,
@@ -19,4 +19,5 @@ __all__ = [
     "integer_program",
     "integer_reference",
     "simulated_accumulator",
+    "to_pixels",
 ]

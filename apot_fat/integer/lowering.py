@@ -19,17 +19,24 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from apot_fat.integer.program import BATCH, PIXELS, Convolution, Flatten, IntegerProgram, count_windows
-from apot_fat.integer.values import ACCUMULATOR_BITS, Array, Builder, Value, grid_step
+from apot_fat.integer.values import Array, Builder, Value, grid_step
 from apot_fat.quant.integers import integer_input, integer_weight, shift_terms
 from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.quantizer import Quantizer
 from apot_fat.quant.units import threshold_in_use
 
 FEWEST_GRID_BITS, MOST_GRID_BITS = 8, 26
+FEWEST_ACCUMULATOR_BITS, MOST_ACCUMULATOR_BITS = 16, 31
 
 
 def integer_program(
-    model: nn.Module, calibration: Tensor, *, mean: Sequence[float], std: Sequence[float], grid_bits: int = 24
+    model: nn.Module,
+    calibration: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    grid_bits: int = 24,
+    accumulator_bits: int = 31,
 ) -> IntegerProgram:
     """A network as integer operations, from 8-bit pixels to logits.
 
@@ -45,36 +52,49 @@ def integer_program(
         mean, std: what they were normalised with, a number a channel in units of 255: (pixel / 255 − mean) / std.
         grid_bits: bits of the grid beside the sign, 8 to 26. With 24 the rounding is about float32's; 15 halve the
             memory of skip connections, and turn more codes that lie near a threshold.
+        accumulator_bits: bits of sums and logits beside the sign, 16 to 31: 31 for int32, 24 for what carries integers
+            as float32. Layers of float inputs and poolings read fewer bits where they are fewer.
 
     Returns:
         The program; its ``reached`` are those of the calibration.
 
     Raises:
-        ValueError: an operation or a layer that has no integer form here, naming it; sums that may leave int32;
-            calibration images that mean and std do not turn into pixels.
+        ValueError: an operation or a layer that has no integer form here, naming it; sums that may leave the
+            accumulator; calibration images that mean and std do not turn into pixels.
 
     Paper: APoT, "Additive Powers-of-Two Quantization" (multiplication as shifts and adds).
     """
     if not FEWEST_GRID_BITS <= grid_bits <= MOST_GRID_BITS:
         raise ValueError(f"grid_bits {grid_bits}: choose {FEWEST_GRID_BITS} to {MOST_GRID_BITS}")
+    if not FEWEST_ACCUMULATOR_BITS <= accumulator_bits <= MOST_ACCUMULATOR_BITS:
+        raise ValueError(
+            f"accumulator_bits {accumulator_bits}: choose {FEWEST_ACCUMULATOR_BITS} to {MOST_ACCUMULATOR_BITS}"
+        )
     network = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     images = calibration.detach().cpu().float()
     if images.dim() != 4 or not len(images):
         raise ValueError(f"calibration {tuple(images.shape)}: expected at least one image, (N, C, H, W)")
-    pixels, normalization = _pixels(images, mean, std)
+    pixels = to_pixels(images, mean, std)
+    means, stds = np.asarray(mean, np.float64), np.asarray(std, np.float64)
+    normalization = 1 / (255 * stds), -means / stds
     with torch.no_grad():
         traced = _trace(network)
         ranges = _Ranges(traced)
         ranges.run(images)
-        lowering = _Lowering(traced, ranges.found, Builder(tuple(pixels.shape[1:]), grid_bits), normalization)
+        builder = Builder(tuple(pixels.shape[1:]), grid_bits, accumulator_bits)
+        lowering = _Lowering(traced, ranges.found, builder, normalization)
         operations, scale = lowering.run()
     program = IntegerProgram(operations, tuple(pixels.shape[1:]), scale)
     return replace(program, reached=_reached(program, pixels))
 
 
-def _pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Array, tuple[Array, Array]]:
-    # pixels of normalised images; gain and offset of each channel
-    values = np.asarray(images, np.float64)
+def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """The pixels of normalised images, uint8, as ``IntegerProgram.run`` takes them; arguments of ``integer_program``.
+
+    Raises:
+        ValueError: images that mean and std do not turn into pixels.
+    """
+    values = np.asarray(images.detach().cpu(), np.float64)
     means, stds = np.asarray(mean, np.float64), np.asarray(std, np.float64)
     if means.shape != (values.shape[1],) or stds.shape != means.shape or not (stds > 0).all():
         raise ValueError(
@@ -88,7 +108,7 @@ def _pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> tupl
             f"calibration images are pixels from {pixels.min():.0f} to {pixels.max():.0f} by mean {tuple(mean)} and "
             f"std {tuple(std)}, not 0 to 255: give those that the images were normalised with"
         )
-    return rounded.astype(np.uint8), (1 / (255 * stds), -means / stds)
+    return rounded.astype(np.uint8)
 
 
 class _Tracer(fx.Tracer):
@@ -181,7 +201,7 @@ class _Lowering:
         if value.shape[1:] != (1, 1):
             raise ValueError(f"the network gives {value.shape}: integer programs give logits, (N, classes)")
         step = float(value.gain) if value.gain.ndim == 0 else None
-        logits = self.builder.on_grid("logits", value, step, ACCUMULATOR_BITS - 1)
+        logits = self.builder.on_grid("logits", value, step, self.builder.accumulator_bits - 1)
         if logits.source != len(self.builder.operations) - 1:
             raise ValueError("the network gives a tensor that it computes with further: end it with its logits")
         return tuple(self.builder.operations), float(logits.gain)
@@ -267,9 +287,10 @@ class _Lowering:
         low, high = self.builder.bounds(source)
         largest = max(abs(low), abs(high))
         largest_sum = row * largest
-        if largest_sum >= (1 << ACCUMULATOR_BITS) - 1:
+        held = self.builder.accumulator_bits
+        if largest_sum >= (1 << held) - 1:
             raise ValueError(
-                f"layer {name}: accumulator up to {largest_sum}, int32 holds less than 2^{ACCUMULATOR_BITS}; use "
+                f"layer {name}: accumulator up to {largest_sum}, {held + 1} bits hold less than 2^{held}; use "
                 "fewer bits or levels of a smaller denominator"
             )
         low, high = _sum_bounds(weight_OIHW, min(low, 0), max(high, 0))
@@ -301,7 +322,12 @@ class _Lowering:
 
     def _float_input(self, name: str, layer: AnyQuantized, value: Value, row: int) -> Value:
         # as many bits as the sums leave
-        bits = min(ACCUMULATOR_BITS - row.bit_length(), self.builder.grid_bits)
+        bits = min(self.builder.accumulator_bits - row.bit_length(), self.builder.grid_bits)
+        if bits < 2:
+            raise ValueError(
+                f"layer {name}: accumulators of {self.builder.accumulator_bits} bits leave its float inputs {bits}; "
+                "give more accumulator_bits"
+            )
         if layer.relu:
             value = self._clip(value, 0.0, np.inf)
         if value.source == PIXELS and value.low == -np.inf and not value.pools:
@@ -334,7 +360,7 @@ class _Lowering:
 
     def _average(self, name: str, window: tuple[Any, Any], value: Value) -> Value:
         kernel, stride = map(tuple, window)
-        bits = min(ACCUMULATOR_BITS - int(np.prod(kernel)).bit_length(), self.builder.grid_bits)
+        bits = min(self.builder.accumulator_bits - int(np.prod(kernel)).bit_length(), self.builder.grid_bits)
         value = self.builder.on_grid(name, value, bits=bits)
         number = self.builder.pool(name, value.source, "sum", kernel=kernel, stride=stride)
         gain = value.gain / np.prod(kernel)

@@ -15,7 +15,6 @@ from apot_fat.integer.program import PIXELS, Add, Lookup, Operation, Pool, Resca
 Array = np.ndarray
 Shape = tuple[int, int, int]
 
-ACCUMULATOR_BITS = 31  # int32 without its sign
 MAX_SHIFT = 40
 PRODUCT_BITS = 63
 PIXEL_LEVELS = 256
@@ -65,11 +64,12 @@ class Builder:
     Args:
         input_shape: (C, H, W) of an image.
         grid_bits: beside the sign, of what is added, pooled or read by a layer of float inputs; and of factors.
+        accumulator_bits: beside the sign, of sums.
     """
 
-    def __init__(self, input_shape: Shape, grid_bits: int) -> None:
+    def __init__(self, input_shape: Shape, grid_bits: int, accumulator_bits: int) -> None:
         self.operations: list[Operation] = []
-        self.input_shape, self.grid_bits = input_shape, grid_bits
+        self.input_shape, self.grid_bits, self.accumulator_bits = input_shape, grid_bits, accumulator_bits
         self._made: dict[tuple[Any, ...], int] = {}
 
     def append(self, operation: Operation) -> int:

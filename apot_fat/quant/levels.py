@@ -171,10 +171,6 @@ def pot_levels(bits: int) -> LevelSet:
 def apot_levels(bits: int) -> LevelSet:
     """Additive powers-of-two levels: every sum of one member of each base set, over the largest sum.
 
-    With n = B // 2 base sets of two bits, the i-th (i = 0 … n − 1) is {0, 2^−i, 2^−(i+n), 2^−(i+2n)} for even B. For
-    odd B a one-bit set {0, 2^−2n} is added and the last member becomes 2^−(i+2n+1), so that all exponents differ and
-    all 2^B sums are distinct. B = 1 is {0, 1}.
-
     Args:
         bits: B, 1 to 8.
 
@@ -187,16 +183,37 @@ def apot_levels(bits: int) -> LevelSet:
     >>> apot_levels(3)
     LevelSet(numerators=(0, 1, 2, 3, 4, 6, 8, 10), denominator=10)
     """
+    sums = sorted({sum(members) for members in product(*apot_base_sets(bits))})
+    return LevelSet(tuple(sums), sums[-1])
+
+
+def apot_base_sets(bits: int) -> list[tuple[int, ...]]:
+    """The base sets of APoT's levels, as integers over the denominator: rising, 0 and powers of two.
+
+    With n = B // 2 base sets of two bits, the i-th (i = 0 … n − 1) is {0, 2^−i, 2^−(i+n), 2^−(i+2n)} for even B. For
+    odd B a one-bit set {0, 2^−2n} is added and the last member becomes 2^−(i+2n+1), so that all exponents differ and
+    all 2^B sums are distinct. B = 1 is {0, 1}.
+
+    Args:
+        bits: B, 1 to 8.
+
+    Raises:
+        ValueError: bits outside 1 to 8.
+
+    Paper: APoT, "Additive Powers-of-Two Quantization" (the sets whose members are added).
+
+    >>> apot_base_sets(3)
+    [(0, 1, 4, 8), (0, 2)]
+    """
     _check_bits(bits)
     n, odd = divmod(bits, 2)
     last = 2 * n + odd  # offset of the smallest member of a two-bit set
     top = max(n - 1 + last, 2 * n)  # largest exponent: the common denominator before reduction is 2^top
-    base_sets = [(0, *(1 << (top - i - offset) for offset in (0, n, last))) for i in range(n)]
+    base_sets = [(0, *(1 << (top - i - offset) for offset in (last, n, 0))) for i in range(n)]
     if odd:
         base_sets.append((0, 1 << (top - 2 * n)))
-    sums = sorted({sum(members) for members in product(*base_sets)})
-    divisor = gcd(*sums)
-    return LevelSet(tuple(s // divisor for s in sums), sums[-1] // divisor)
+    divisor = gcd(*(member for base_set in base_sets for member in base_set))
+    return [tuple(member // divisor for member in base_set) for base_set in base_sets]
 
 
 def twos_complement_levels(bits: int) -> LevelSet:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any, get_args
@@ -16,21 +15,10 @@ from apot_fat.integer.c import CSource, Products, c_source
 from apot_fat.models import create_model
 from apot_fat.quant import QuantConv2d, QuantLinear, preset
 from tests.integer.networks import NORMALIZATION, Residual, normalized, random_pixels, with_statistics
+from tests.integer.toolchains import needs
 
 STRICT = "-std=c99 -Wall -Wextra -Wshadow -Wconversion -Werror -pedantic".split()
 SANITIZED = "-O1 -g -fsanitize=undefined,address -fno-sanitize-recover=all".split()
-INSTALL = {
-    "gcc": "apt-get install gcc",
-    "clang": "apt-get install clang",
-    "objdump": "apt-get install binutils",
-    "riscv64-unknown-elf-gcc": "apt-get install gcc-riscv64-unknown-elf",
-    "arm-none-eabi-gcc": "apt-get install gcc-arm-none-eabi",
-}
-
-
-def needs(tool: str) -> None:
-    if shutil.which(tool) is None:
-        pytest.skip(f"{tool} is not installed: {INSTALL[tool]}")
 
 
 def plain(name: str, bits: int, **options: Any) -> nn.Module:
@@ -132,26 +120,6 @@ def test_shifts_and_adds_compile_to_no_multiplication(tmp_path: Path) -> None:
         subprocess.run(["gcc", *STRICT, "-O1", "-c", str(path), "-o", str(tmp_path / "net.o")], check=True)
         shown = subprocess.run(["objdump", "-d", str(tmp_path / "net.o")], capture_output=True, text=True, check=True)
         assert bool(re.search(r"\b[a-z]*mul[a-z]*\b", shown.stdout)) == expected
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("compiler", "flags"),
-    [
-        ("riscv64-unknown-elf-gcc", "-march=rv32i -mabi=ilp32"),
-        ("arm-none-eabi-gcc", "-mcpu=cortex-m0 -mthumb"),
-        ("gcc", "-m32"),
-    ],
-)
-def test_processors_without_a_multiplier_need_no_routine_for_it(compiler: str, flags: str, tmp_path: Path) -> None:
-    needs(compiler)
-    program, _ = program_of("residual")
-    path = write(c_source(program, "net"), tmp_path)
-    made = tmp_path / "net.o"
-    subprocess.run([compiler, *STRICT, *flags.split(), "-Os", "-ffreestanding", "-c", path, "-o", made], check=True)
-    missing = [compiler.replace("gcc", "nm"), "-u", str(made)]
-    names = subprocess.run(missing, capture_output=True, text=True, check=True)
-    assert not re.search(r"mul|div|mod|float|[sd]f\d?\b|_f|_d", names.stdout), names.stdout
 
 
 def test_the_source_has_no_floats_and_states_its_memory(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from apot_fat.integer import IntegerProgram
 from apot_fat.integer.program import PIXELS, Add, Convolution, Lookup, Pool, Rescale, Thresholds, width
-from apot_fat.quant import level_set
+from apot_fat.quant import preset
 
 CONVOLUTIONS: list[dict[str, Any]] = [
     {},
@@ -76,7 +76,7 @@ def test_other_pixels_are_refused() -> None:
 
 
 def test_four_bit_weights_are_the_fifteen_values_of_potacc() -> None:
-    levels = level_set("apot", 3)
+    levels = preset("apot-cifar", bits=4).weight_set
     assert set(levels.signed_numerators) == {0, *(sign * n for n in (1, 2, 3, 4, 6, 8, 10) for sign in (1, -1))}
     # its int8 values: 127 for the largest
     assert [round(127 * n / levels.denominator) for n in levels.numerators] == [0, 13, 25, 38, 51, 76, 102, 127]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from apot_fat.checkpoint import write_checkpoint
 from apot_fat.data import load_dataset
 from apot_fat.models import create_model
+from tests.integer.toolchains import PROCESSORS, needs, used
 from tests.scripts.conftest import ROOT, Run
 
 Images = tuple[Path, Path]
@@ -29,8 +29,7 @@ def network(tmp_path: Path) -> Path:
 def test_a_checkpoint_becomes_c_that_prints_logits(
     run: Run, network: Path, tiny_npz: Images, options: tuple[object, ...]
 ) -> None:
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed: apt-get install gcc")
+    needs("gcc")
     line = ("--arch", "vgg_tiny", "--bit", 3, "--to", "c", "--data", tiny_npz[1], "--output", "tiny_3bit.c")
     code, out, err = run("export.py", network, *line, *options)
     assert (code, err) == (0, "")
@@ -68,24 +67,19 @@ def test_what_cannot_be_c_is_one_line(run: Run, network: Path, tiny_npz: Images,
 
 @pytest.mark.slow
 def test_digits_fit_into_a_small_processor(run: Run) -> None:
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed: apt-get install gcc")
+    machine = PROCESSORS["cortex-m0"]
+    needs(*machine.tools)
     recipe = ROOT / "configs/digits/vggtiny_apot.toml"
     assert run("progressive.py", "--config", recipe, "--output", "digits")[0] == 0
-    line = ("--to", "c", "--grid-bits", 15, "--data", "digits", "--output", "digits.c")
+    line = ("--to", "c", "--grid-bits", 15, "--data", "digits", "--output", "net.c")
     assert run("export.py", "digits/vgg_tiny_3bit/model_best.pth.tar", *line)[0] == 0
-    subprocess.run(["gcc", "-std=c99", "-Os", "-c", "digits.c"], check=True)
-    sizes = subprocess.run(["size", "digits.o"], capture_output=True, text=True, check=True).stdout.splitlines()[1]
-    text, data, bss = map(int, sizes.split()[:3])
-    subprocess.run(["gcc", "-std=c99", "-Os", "-DDIGITS_MAIN", "digits.c", "-o", "digits_c"], check=True)
     test = load_dataset("digits", need_train=False).test
     pixels = test.images_NHWC.permute(0, 3, 1, 2).contiguous().numpy()  # type: ignore[union-attr]
-    done = subprocess.run(["./digits_c"], input=pixels.tobytes(), capture_output=True, check=True)
-    classes = np.array([line.split() for line in done.stdout.splitlines()], int).argmax(1)
-    correct = int((classes == test.labels_N.numpy()).sum())
+    report = machine.build(Path.cwd(), pixels)
+    correct = int((machine.run(Path.cwd()).argmax(1) == test.labels_N.numpy()).sum())
     said = run("evaluate.py", "--init", "digits/vgg_tiny_32bit/model_best.pth.tar")[1]
     of_float = int(re.findall(r"(\d+) of 360 images correct", said)[0])
-    print(f"\n{text + data:,} bytes of code and constants, {data + bss:,} of RAM; {correct} of 360, float {of_float}")
-    assert text + data <= 32 << 10
-    assert data + bss <= 8 << 10
+    print(f"\n{report}{correct} of 360, float {of_float}")
+    assert used(report, "FLASH") <= 32 << 10
+    assert used(report, "RAM") <= 8 << 10
     assert correct >= of_float - 3.6
