@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := apot_fat models scripts tests
 DEMO := result/demo
 
-.PHONY: demo figures test lint types check toolchains silicon clean
+.PHONY: demo figures docs test lint types check toolchains silicon clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,10 @@ demo: $(VENV)/.installed
 figures: demo
 	cp $(DEMO)/progressive.png .github/demo.png
 	$(BIN)/python scripts/sweep.py --table checkpoints/cifar10_ablation.csv --figure .github/ablation.png > /dev/null
+
+# reference pages and guides, into site/
+docs: $(VENV)/.installed
+	$(BIN)/python scripts/docs.py site
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -47,4 +51,4 @@ silicon: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/integer tests/scripts/test_export_c.py
 
 clean:
-	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO) site .pytest_cache .mypy_cache .ruff_cache
