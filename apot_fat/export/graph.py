@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 MARKS_DOMAIN, PROJECT = "apot_fat", "Project"
 """The operator that stands for an activation quantizer until it is written out; its ``index`` says which."""
-ONNXRUNTIME_DOMAIN = "com.microsoft"
 BYTE_MAX = 255
 _SLOPE_MARGIN = 1e-4
 
@@ -127,9 +126,6 @@ class GraphBuilder:
         opsets = [opset for opset in model.opset_import if opset.domain != MARKS_DOMAIN]
         model.ClearField("opset_import")
         model.opset_import.extend(opsets)
-        domains = {opset.domain for opset in opsets}
-        if ONNXRUNTIME_DOMAIN not in domains and any(node.domain == ONNXRUNTIME_DOMAIN for node in self.nodes):
-            model.opset_import.append(onnx.helper.make_opsetid(ONNXRUNTIME_DOMAIN, 1))
         return model
 
 
@@ -188,9 +184,9 @@ def emit_table(builder: GraphBuilder, codes: str, table: np.ndarray, *, threaded
         builder: the graph.
         codes: name of the bytes.
         table: (256,) integers, range [0, 255].
-        threaded: prefer onnxruntime's own ``QLinearLeakyRelu``, which runs on all threads, where ``Clip`` and ``Add``
-            of bytes run on one: two of them for the whole table where each bends once (3-bit APoT), else one for
-            jumps of one height that rise along a line.
+        threaded: prefer ``_Bend``, which onnxruntime runs on all threads, where ``Clip`` and ``Add`` of bytes run on
+            one: two of them for the whole table where each bends once (3-bit APoT), else one for jumps of one height
+            that rise along a line.
     """
     bends = _bends(table) if threaded else None
     if bends is not None:
@@ -209,10 +205,8 @@ def emit_table(builder: GraphBuilder, codes: str, table: np.ndarray, *, threaded
         for weight in sorted({weight for _, _, weight in runs}):
             jumps = [high for low, high, w in runs if w == weight and high == low + 1]
             for first, last, zero, slope in _lines(jumps):
-                scales = builder.constant(slope), builder.constant(zero, np.uint8), builder.constant(1.0)
                 base = BYTE_MAX - (last - first)  # so that the count ends where bytes do
-                by = builder.constant(base, np.uint8)
-                term = builder.add("QLinearLeakyRelu", codes, *scales, by, domain=ONNXRUNTIME_DOMAIN, alpha=0.0)
+                term = _Bend(zero, base, 0.0, slope).emit(builder, codes)
                 rest -= weight * base
                 before = by_weight.get(weight)
                 by_weight[weight] = builder.add("Add", before, term) if before else term
@@ -234,7 +228,10 @@ def emit_table(builder: GraphBuilder, codes: str, table: np.ndarray, *, threaded
 
 @dataclass(frozen=True)
 class _Bend:
-    """y = y_0 + round(slope · (c − c_0)), slope one below c_0 and another above, held to [0, 255]: one operator."""
+    """y = y_0 + round(slope · (c − c_0)), slope one below c_0 and another above, held to [0, 255].
+
+    Three standard operators, of which onnxruntime makes one that looks bytes up.
+    """
 
     x: int
     y: int
@@ -243,8 +240,9 @@ class _Bend:
 
     def emit(self, builder: GraphBuilder, codes: str) -> str:
         x, y = builder.constant(self.x, np.uint8), builder.constant(self.y, np.uint8)
-        above, one, slope = builder.constant(self.above), builder.constant(1.0), self.below / self.above
-        return builder.add("QLinearLeakyRelu", codes, above, x, one, y, domain=ONNXRUNTIME_DOMAIN, alpha=slope)
+        run = builder.add("DequantizeLinear", codes, builder.constant(self.above), x)
+        rise = builder.add("LeakyRelu", run, alpha=self.below / self.above)
+        return builder.add("QuantizeLinear", rise, builder.constant(1.0), y)
 
 
 def _bends(table: np.ndarray) -> list[_Bend] | None:
