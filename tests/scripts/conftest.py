@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,16 @@ def load_script(name: str) -> Callable[[list[str] | None], None]:
     return main
 
 
+@pytest.fixture(autouse=True)
+def _same_log() -> Iterator[None]:
+    """What ``run_main`` tells the log holds for the test alone."""
+    logger = logging.getLogger("apot_fat")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers = handlers
+    logger.setLevel(level)
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Runs a script in a fresh folder: (exit code, standard output, standard error)."""
@@ -30,11 +40,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
     def call(name: str, *argv: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [name])
-        logger = logging.getLogger("apot_fat")
-        before = list(logger.handlers)
         with pytest.raises(SystemExit) as stopped:
             run_main(load_script(name), [str(argument) for argument in argv])
-        logger.handlers = before
+        logging.getLogger("apot_fat").handlers = []
         out, err = capsys.readouterr()
         return int(stopped.value.code or 0), out, err
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import runpy
 from pathlib import Path
@@ -62,7 +61,6 @@ def test_a_row_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_commands_as_calls_are_quiet(capfd: pytest.CaptureFixture[str]) -> None:
-    logging.getLogger("apot_fat").setLevel(logging.NOTSET)  # as in a process of its own
     run = train(TrainConfig(data="digits", arch="res20", bit=4, epochs=1, batch_size=256))
     page = report("result", "r.html")
     result = evaluate("digits_resnet20_apot_3bit")
