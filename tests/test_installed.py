@@ -17,7 +17,7 @@ import apot_fat
 ROOT = Path(__file__).resolve().parents[1]
 # top-level folder of the checkout: folder of the package, kinds of its files
 TRAVELS = {
-    "apot_fat": ("apot_fat", (".py", ".c", ".css", ".html", ".js")),
+    "apot_fat": ("apot_fat", (".py", ".c", ".v", ".css", ".html", ".js", ".md")),
     "models": ("apot_fat/models", (".py",)),
     "configs": ("apot_fat/configs", (".toml",)),
     "checkpoints": ("apot_fat/checkpoints", (".toml", ".safetensors")),
