@@ -13,28 +13,19 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from string import Template
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
+from apot_fat.integer.c_text import array_lines, comment, packed_bytes, statement
 from apot_fat.integer.memory import TYPES, Memory, smallest_type, sums_type
-from apot_fat.integer.program import (
-    Add,
-    Convolution,
-    IntegerProgram,
-    Lookup,
-    Operation,
-    Pool,
-    Rescale,
-    Thresholds,
-)
+from apot_fat.integer.program import Add, Convolution, IntegerProgram, Lookup, Operation, Pool, Rescale, Thresholds
 from apot_fat.quant.integers import shift_terms
 
 Array = np.ndarray
 Products = Literal["shift", "multiply"]
 _BYTES = {"uint8": 1, "int8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8}
-_LINE = 110
 
 
 @dataclass(frozen=True)
@@ -156,7 +147,7 @@ int main(void)
 
     def _constants(self, kind: str, size: int, listed: Sequence[str], name: str) -> str:
         # the name of an array; equal ones are one
-        text = _listed(listed)
+        text = array_lines(listed)
         if (kind, text) not in self.named:
             self.named[kind, text] = f"{name}_{len(self.named)}"
             self.data.append(f"static const {kind} {self.named[kind, text]}[] = {{\n{text}\n}};")
@@ -179,13 +170,13 @@ int main(void)
                 self.memory.pointer(second),
                 _size(operation),
             )
-            body = [_call(f"plus_{kernel}", *arguments, operation.low, operation.high)]
+            body = [statement(f"plus_{kernel}", *arguments, operation.low, operation.high)]
         elif isinstance(operation, Pool):
             body = self._pool(number, operation)
         else:
             body = self._pointwise(number, operation)
         said = f"{operation.name}: {type(operation).__name__.lower()}"
-        return "\n".join([f"    /* {_comment(said)} */", *(f"    {line}" for line in body)])
+        return "\n".join([f"    /* {comment(said)} */", *(f"    {line}" for line in body)])
 
     def _pointwise(self, number: int, operation: Operation) -> list[str]:
         (read,) = operation.inputs
@@ -211,7 +202,7 @@ int main(void)
             kernel = self._kernel("look_up", y=y)
             table = self._array(y, operation.table.ravel().tolist(), "table")
             steps = _Steps([f"const {y}_t *table = {table};"], ["table += 256"])
-            return _call(f"look_up_{kernel}", written, read, count, "table"), steps
+            return statement(f"look_up_{kernel}", written, read, count, "table"), steps
         advances = _rows(operation) > 1
         if isinstance(operation, Thresholds):
             rows = operation.thresholds_CT
@@ -227,11 +218,11 @@ int main(void)
                 name = self._array("uint8", operation.falls_C.astype(int).tolist(), "falls")
                 declared.append(f"const uint8_t *f_{tag} = {name};")
                 advanced.append(f"f_{tag}++")
-            call = _call(f"levels_{kernel}", written, read, count, f"t_{tag}", rows.shape[1], falls, levels)
+            call = statement(f"levels_{kernel}", written, read, count, f"t_{tag}", rows.shape[1], falls, levels)
         else:
             assert isinstance(operation, Rescale)
             self._kernel("clipped")
-            self._kernel("times", times=_TIMES[self.products])
+            self._kernel(f"times_{self.products}")
             kernel = self._kernel("rescale", x=x, y=y)
             columns = (("int32", operation.factor_C), ("int64", operation.addend_C), ("uint8", operation.shift_C))
             declared, advanced, used = [], [], []
@@ -241,7 +232,7 @@ int main(void)
                 declared.append(f"const {kind}_t *{label}_{tag} = {name};")
                 advanced.append(f"{label}_{tag}++")
                 used.append(f"*{label}_{tag}")
-            call = _call(f"rescale_{kernel}", written, read, count, *used, operation.low, operation.high)
+            call = statement(f"rescale_{kernel}", written, read, count, *used, operation.low, operation.high)
         return call, _Steps(declared, advanced if advances else [])
 
     def _convolution(self, number: int, operation: Convolution) -> list[str]:
@@ -257,7 +248,7 @@ int main(void)
         pitch = width + left if in_runs else width
         self._sums_kernels(x, y, in_runs)
         values, codes = np.unique(operation.weight_OIHW, return_inverse=True)
-        packed = self._array("uint8", _packed(codes.ravel(), operation.weight_bits), "weights")
+        packed = self._array("uint8", packed_bytes(codes.ravel(), operation.weight_bits), "weights")
         outputs, inputs = operation.weight_OIHW.shape[:2]
         fields = (
             self._weight_levels(values),
@@ -290,9 +281,9 @@ int main(void)
             sums, inner, after = "y", [], [f"y += {plane};"]
             body.append(f"{y}_t *y = {self.memory.pointer(number)};")
         if in_runs:
-            computed = _call(f"runs_{x}_{y}", sums, f"padded_{x}", "x", "&c", "&weights")
+            computed = statement(f"runs_{x}_{y}", sums, f"padded_{x}", "x", "&c", "&weights")
         else:
-            computed = _call(f"sums_{x}_{y}", sums, "x", "&c", plane, "&weights")
+            computed = statement(f"sums_{x}_{y}", sums, "x", "&c", plane, "&weights")
         inner = [computed, *inner, *after]
         groups = operation.groups
         if groups == 1:
@@ -374,7 +365,7 @@ for (shift = 0; w.added | w.subtracted; shift++, w.added >>= 1, w.subtracted >>=
             *(-top, -left, -top * width),
             *operation.shape[1:],
         )
-        call = _call(f"{operation.kind}_{x}_{y}", self.memory.pointer(number), self.memory.pointer(read), "&w")
+        call = statement(f"{operation.kind}_{x}_{y}", self.memory.pointer(number), self.memory.pointer(read), "&w")
         return ["{", f"    static const struct window w = {{{', '.join(map(str, fields))}}};", f"    {call}", "}"]
 
 
@@ -382,25 +373,6 @@ for (shift = 0; w.added | w.subtracted; shift++, w.added >>= 1, w.subtracted >>=
 class _Steps:
     declared: Sequence[str]
     advanced: Sequence[str]
-
-
-_TIMES = {
-    "multiply": """static int64_t times(int32_t x, int32_t factor)
-{
-    return (int64_t)x * factor;
-}""",
-    "shift": """/* x factor, by shifts and adds */
-static int64_t times(int32_t x, int32_t factor)
-{
-    int64_t product = 0;
-    uint32_t bits = factor < 0 ? -(uint32_t)factor : (uint32_t)factor;
-    uint64_t magnitude = x < 0 ? -(uint64_t)(int64_t)x : (uint64_t)x;
-    for (; bits; bits >>= 1, magnitude <<= 1)
-        if (bits & 1)
-            product += (int64_t)magnitude;
-    return (x < 0) == (factor < 0) ? product : -product;
-}""",
-}
 
 
 @cache
@@ -419,27 +391,3 @@ def _rows(operation: Operation) -> int:
 
 def _size(operation: Operation) -> int:
     return int(np.prod(operation.shape))
-
-
-def _packed(codes: Array, bits: int) -> list[int]:
-    # the lowest bit of the first code is the lowest of the first byte
-    binary = (codes[:, None] >> np.arange(bits)) & 1
-    return np.packbits(binary.ravel().astype(np.uint8), bitorder="little").tolist()
-
-
-def _listed(values: Iterable[str]) -> str:
-    lines, line = [], "   "
-    for value in values:
-        if len(line) + len(value) > _LINE:
-            lines.append(line)
-            line = "   "
-        line += f" {value},"
-    return "\n".join([*lines, line.rstrip(",")])
-
-
-def _call(function: str, *arguments: Any) -> str:
-    return f"{function}({', '.join(map(str, arguments))});"
-
-
-def _comment(text: str) -> str:
-    return re.sub(r"[^\w.:, -]", "_", text, flags=re.ASCII)

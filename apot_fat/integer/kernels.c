@@ -175,8 +175,24 @@ static void levels_${x}_${t}_${y}(${y}_t *y, const ${x}_t *x, int32_t count, con
     }
 }
 
-/* kernel: times */
-$times
+/* kernel: times_multiply */
+static int64_t times(int32_t x, int32_t factor)
+{
+    return (int64_t)x * factor;
+}
+
+/* kernel: times_shift */
+/* x factor, by shifts and adds */
+static int64_t times(int32_t x, int32_t factor)
+{
+    int64_t product = 0;
+    uint32_t bits = factor < 0 ? -(uint32_t)factor : (uint32_t)factor;
+    uint64_t magnitude = x < 0 ? -(uint64_t)(int64_t)x : (uint64_t)x;
+    for (; bits; bits >>= 1, magnitude <<= 1)
+        if (bits & 1)
+            product += (int64_t)magnitude;
+    return (x < 0) == (factor < 0) ? product : -product;
+}
 
 /* kernel: rescale */
 /* (factor x + addend) 2^-shift, rounded down and clipped */

@@ -8,16 +8,16 @@ addition, a pooling of means or a layer of float inputs, as multiples of a step.
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from apot_fat.integer import tracing
 from apot_fat.integer.program import BATCH, PIXELS, Convolution, Flatten, IntegerProgram, count_windows
 from apot_fat.integer.values import Array, Builder, Value, grid_step
 from apot_fat.quant.integers import integer_input, integer_weight, shift_terms
@@ -78,11 +78,10 @@ def integer_program(
     means, stds = np.asarray(mean, np.float64), np.asarray(std, np.float64)
     normalization = 1 / (255 * stds), -means / stds
     with torch.no_grad():
-        traced = _trace(network)
-        ranges = _Ranges(traced)
-        ranges.run(images)
+        traced = tracing.trace(network)
+        seen = tracing.look_at(traced, images)
         builder = Builder(tuple(pixels.shape[1:]), grid_bits, accumulator_bits)
-        lowering = _Lowering(traced, ranges.found, builder, normalization)
+        lowering = _Lowering(traced, seen, builder, normalization)
         operations, scale = lowering.run()
     program = IntegerProgram(operations, tuple(pixels.shape[1:]), scale)
     return replace(program, reached=_reached(program, pixels))
@@ -111,40 +110,6 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ar
     return rounded.astype(np.uint8)
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, AnyQuantized) or super().is_leaf_module(m, module_qualified_name)
-
-
-def _trace(network: nn.Module) -> fx.GraphModule:
-    tracer = _Tracer()
-    try:
-        return fx.GraphModule(network, tracer.trace(network))
-    except Exception as error:  # whatever a user's forward raises when it is traced
-        raise ValueError(
-            f"{type(network).__name__}: torch.fx cannot trace it ({error}); its forward must not branch on its input"
-        ) from error
-
-
-class _Seen(NamedTuple):
-    # a tensor of the float network on the calibration
-    smallest: float
-    largest: float
-    shape: tuple[int, ...]
-
-
-class _Ranges(fx.Interpreter):
-    def __init__(self, traced: fx.GraphModule) -> None:
-        super().__init__(traced)
-        self.found: dict[fx.Node, _Seen] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor) and result.is_floating_point() and result.numel():
-            self.found[n] = _Seen(float(result.min()), float(result.max()), tuple(result.shape))
-        return result
-
-
 def _reached(program: IntegerProgram, pixels: Array) -> tuple[tuple[int, int], ...]:
     found = [
         [(int(result.min()), int(result.max())) for result in program.results(pixels[start : start + BATCH])]
@@ -159,14 +124,14 @@ class _Lowering:
     def __init__(
         self,
         traced: fx.GraphModule,
-        seen: dict[fx.Node, _Seen],
+        seen: dict[fx.Node, tracing.Seen],
         builder: Builder,
         normalization: tuple[Array, Array],
     ) -> None:
         self.traced, self.seen = traced, seen
         self.builder = builder
         self.pixels = Value(PIXELS, builder.input_shape, *normalization)
-        added = [node for node in traced.graph.nodes if _is_addition(node)]
+        added = [node for node in traced.graph.nodes if tracing.is_addition(node)]
         read = [node for node in (*added, *(arg for node in added for arg in node.args)) if node in seen]
         largest = max((max(-seen[node].smallest, seen[node].largest) for node in read), default=0.0)
         self.sum_step = grid_step(2 * largest, builder.grid_bits)
@@ -188,7 +153,7 @@ class _Lowering:
             smallest, largest, shape = self.seen[node]
             if (*shape[1:], 1, 1)[:3] != value.shape or len(shape) not in (2, 4):
                 raise ValueError(
-                    f"layer {_name(node)}: gives {shape}; integer programs keep to (N, C, H, W), or (N, C) when flat"
+                    f"layer {tracing.layer_name(node)}: gives {shape}; integer programs keep to (N, C, H, W) or flat (N, C)"
                 )
             self.values[node] = replace(value, smallest=smallest, largest=largest)
         raise AssertionError("a traced network has an output")
@@ -207,10 +172,10 @@ class _Lowering:
         return tuple(self.builder.operations), float(logits.gain)
 
     def _lower(self, node: fx.Node) -> Value:
-        name, called = _name(node), self._called(node)
-        if _is_in_place(node, called) and any(len(read.users) > 1 for read in node.all_input_nodes[:1]):
+        name, called = tracing.layer_name(node), self._called(node)
+        if tracing.is_in_place(node, called) and any(len(read.users) > 1 for read in node.all_input_nodes[:1]):
             raise ValueError(f"layer {name}: changes in place what others read; use the form that gives a new tensor")
-        if _is_addition(node):
+        if tracing.is_addition(node):
             return self._add(name, node)
         value = self._read(name, node)
         if isinstance(called, AnyQuantized):
@@ -220,10 +185,10 @@ class _Lowering:
         if (
             isinstance(called, nn.Identity | nn.Dropout | nn.Dropout2d)
             or called == "contiguous"
-            or _drops_nothing(node)
+            or tracing.drops_nothing(node)
         ):
             return value
-        if _is_relu(called):
+        if tracing.is_relu(called):
             return self._clip(value, 0.0, np.inf)
         if isinstance(called, nn.ReLU6) or called is F.relu6:
             return self._clip(value, 0.0, 6.0)
@@ -233,7 +198,7 @@ class _Lowering:
             return self._average(name, _average_window(name, called, value.shape), value)
         if called in (F.adaptive_avg_pool2d,) and node.args[1:] in ((1,), ((1, 1),)):
             return self._average(name, (value.shape[1:], value.shape[1:]), value)
-        if called in ("mean", torch.mean) and _averages_all(node):
+        if called in ("mean", torch.mean) and tracing.averages_all(node):
             return self._average(name, (value.shape[1:], value.shape[1:]), value)
         if isinstance(called, nn.Flatten) or called in ("flatten", torch.flatten):
             return self._flatten(name, value)
@@ -261,7 +226,7 @@ class _Lowering:
         if len(sizes) > 1:
             raise ValueError(f"layer {name}: adds {' and '.join(map(str, sizes))}; integer programs add equal shapes")
         return self.builder.add(
-            name, values, self.sum_step, all(_is_relu(self._called(reader)) for reader in node.users)
+            name, values, self.sum_step, all(tracing.is_relu(self._called(reader)) for reader in node.users)
         )
 
     def _called(self, node: fx.Node) -> Any:
@@ -428,39 +393,6 @@ def _average_window(name: str, pool: nn.Module, shape: tuple[int, int, int]) -> 
     if pool.ceil_mode or _pair(pool.padding) != (0, 0) or pool.divisor_override:
         raise ValueError(f"layer {name}: average pooling with padding, ceil_mode or a divisor is not supported")
     return _pair(pool.kernel_size), _pair(pool.stride)
-
-
-def _averages_all(node: fx.Node) -> bool:
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    return isinstance(dims, list | tuple) and sorted(int(d) % 4 for d in dims) == [2, 3]
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_module" else node.name
-
-
-def _drops_nothing(node: fx.Node) -> bool:
-    is_training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
-    return node.target is F.dropout and not is_training
-
-
-def _is_in_place(node: fx.Node, called: Any) -> bool:
-    is_method = node.op == "call_method" and str(called).endswith("_")
-    return is_method or called is operator.iadd or bool(getattr(called, "inplace", node.kwargs.get("inplace", False)))
-
-
-def _is_relu(called: Any) -> bool:
-    return isinstance(called, nn.ReLU) or called in (F.relu, torch.relu, "relu", "relu_")
-
-
-def _is_addition(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in (
-        operator.add,
-        operator.iadd,
-        torch.add,
-        "add",
-        "add_",
-    )
 
 
 def _pair(size: Any) -> tuple[Any, Any]:
