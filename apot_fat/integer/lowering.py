@@ -153,7 +153,7 @@ class _Lowering:
             smallest, largest, shape = self.seen[node]
             if (*shape[1:], 1, 1)[:3] != value.shape or len(shape) not in (2, 4):
                 raise ValueError(
-                    f"layer {tracing.layer_name(node)}: gives {shape}; integer programs keep to (N, C, H, W) or flat (N, C)"
+                    f"layer {tracing.layer_name(node)}: gives {shape}; integer programs keep to (N, C, H, W) or (N, C)"
                 )
             self.values[node] = replace(value, smallest=smallest, largest=largest)
         raise AssertionError("a traced network has an output")
