@@ -111,7 +111,6 @@ class Attempt:
     ) -> None:
         self.launcher, self.log = launcher, log
         log.touch()
-        self.start = time.monotonic()
         environment: dict[str, str] = {}
         if processes > 1:  # as torchrun does it: the store is the launcher's
             self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -131,6 +130,7 @@ class Attempt:
                 has_workers=has_workers,
             )
             self.pids.append(pid)
+        self.start = time.monotonic()  # the first one has waited for the zygote's imports
 
     @property
     def codes(self) -> dict[int, int]:
