@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from apot_fat.quant.fake_quant import quantize_weight
 from apot_fat.quant.levels import LevelSet
 from apot_fat.quant.sampling import sample, sample_columns
 
@@ -15,6 +15,7 @@ FIT_SAMPLES = 1 << 16
 """Values that a threshold is fitted to."""
 _FIT_CHANNEL_SAMPLES = 1 << 10
 _FIT_RANGE, _FIT_STEPS, _FINE_STEPS = (0.01, 4.0), 100, 21
+_FIT_CUTS = 1 << 18  # decision thresholds at once, a row's those of all candidates: some megabytes
 
 
 def fit_threshold(values: Tensor, levels: LevelSet, *, signed: bool) -> float:
@@ -61,19 +62,46 @@ def initial_step_threshold(mean_magnitude: Tensor, levels: LevelSet) -> Tensor:
 
 def _fit_rows(values_CK: Tensor, levels: LevelSet) -> Tensor:
     # the threshold of each row, (C,)
-    largest_C = values_CK.abs().amax(1)
-    coarse_S = torch.logspace(math.log10(_FIT_RANGE[0]), math.log10(_FIT_RANGE[1]), _FIT_STEPS, device=values_CK.device)
-    best_C = _best_of(values_CK, coarse_S[:, None] * largest_C, levels)
-    step = math.log10(_FIT_RANGE[1] / _FIT_RANGE[0]) / (_FIT_STEPS - 1)
-    best_C = _best_of(
-        values_CK, torch.logspace(-step, step, _FINE_STEPS, device=values_CK.device)[:, None] * best_C, levels
-    )
-    return torch.where((largest_C > 0) & largest_C.isfinite(), best_C, 1.0)
+    bounds, device = [math.log10(bound) for bound in _FIT_RANGE], values_CK.device
+    step = (bounds[1] - bounds[0]) / (_FIT_STEPS - 1)
+    coarse = _Candidates(torch.logspace(*bounds, _FIT_STEPS, device=device), levels)
+    fine = _Candidates(torch.logspace(-step, step, _FINE_STEPS, device=device), levels)
+    best = []
+    for part_CK in values_CK.split(max(1, _FIT_CUTS // len(coarse.cuts_M))):
+        largest_C = part_CK.abs().amax(1)
+        sorted_CK = (part_CK if levels.is_signed else part_CK.abs()).double().sort(1).values
+        best_C = fine.best_of(sorted_CK, coarse.best_of(sorted_CK, largest_C))
+        best.append(torch.where((largest_C > 0) & largest_C.isfinite(), best_C, 1.0))
+    return torch.cat(best)
 
 
-def _best_of(values_CK: Tensor, candidates_SC: Tensor, levels: LevelSet) -> Tensor:
-    errors = [
-        (quantize_weight(values_CK, alpha_C, levels, clip_gradient=True) - values_CK).square().sum(1)
-        for alpha_C in candidates_SC
-    ]
-    return candidates_SC.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+class _Candidates:
+    """Thresholds in units that each row of values has: their errors come from a histogram, not from a pass for each.
+
+    Equation: of K sorted values u in such units, and a threshold f with its decision thresholds c_i, n_i values lie
+    below c_i, and P_n is the sum of the first n. As the largest level is 1, Σ (u − u_q)² − Σ u² =
+    f² (K − Σ_i (l²_{i+1} − l²_i) n_i) − 2f (P_K − Σ_i (l_{i+1} − l_i) P_{n_i}), in float64, since most of it cancels.
+    In units, the c_i of all thresholds are those of every row: one histogram between them gives all n_i.
+    """
+
+    def __init__(self, factors_S: Tensor, levels: LevelSet) -> None:
+        self.factors_S, self.levels_L = factors_S, levels.tensor(torch.float64, factors_S.device)
+        cuts_ST = factors_S.double()[:, None] * (self.levels_L[1:] + self.levels_L[:-1]) / 2
+        self.shape_ST = cuts_ST.shape
+        self.cuts_M, order_M = cuts_ST.flatten().sort()
+        self.places_M = order_M.argsort()
+
+    def best_of(self, sorted_CK: Tensor, unit_C: Tensor) -> Tensor:
+        """Of each row's thresholds the first of least error, (C,); values as magnitudes, but for signed levels."""
+        u_CK = sorted_CK / unit_C[:, None]
+        cells_CK = torch.bucketize(u_CK, self.cuts_M, right=True)
+        counts_CM = cells_CK.new_zeros(len(u_CK), len(self.cuts_M) + 1)
+        counts_CM.scatter_add_(1, cells_CK, torch.ones_like(cells_CK))
+        below_CM = counts_CM.cumsum(1).index_select(1, self.places_M)
+        sums_CN = F.pad(u_CK.cumsum(1), (1, 0))
+        sums_CST = sums_CN.gather(1, below_CM).unflatten(1, self.shape_ST)
+        products_CS = sums_CN[:, -1:] - sums_CST @ self.levels_L.diff()
+        below_CST = below_CM.double().unflatten(1, self.shape_ST)
+        squares_CS = u_CK.shape[1] - below_CST @ self.levels_L.square().diff()
+        errors_CS = self.factors_S * (self.factors_S * squares_CS - 2 * products_CS)
+        return self.factors_S[errors_CS.argmin(1)] * unit_C
