@@ -7,7 +7,7 @@ import importlib
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from apot_fat.checkpoint import atomic_write
 from apot_fat.export.float32 import EXACT_FLOAT, RESCALE, SPLIT_SUMS, Rescaling, write_floats
@@ -312,14 +313,19 @@ def _session(content: bytes) -> Any:
 
 def _outputs(network: nn.Module, x: Tensor) -> np.ndarray:
     with torch.no_grad():
-        return torch.cat([_only_output(network(part)) for part in x.split(_CHUNK)]).numpy()
+        parts = _bar(x.split(_CHUNK), "verify: PyTorch")
+        return torch.cat([_only_output(network(part)) for part in parts]).numpy()
 
 
 def _run(content: bytes, x: np.ndarray) -> np.ndarray:
     session = _session(content)
     name = session.get_inputs()[0].name
-    parts = [session.run(None, {name: x[start : start + _CHUNK]})[0] for start in range(0, len(x), _CHUNK)]
-    return np.concatenate(parts)
+    starts = _bar(range(0, len(x), _CHUNK), "verify: onnxruntime")
+    return np.concatenate([session.run(None, {name: x[start : start + _CHUNK]})[0] for start in starts])
+
+
+def _bar(parts: Iterable[Any], label: str) -> Iterable[Any]:
+    return tqdm(parts, desc=label, unit="part", leave=False, disable=None)
 
 
 def _compare(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
@@ -353,7 +359,9 @@ def _measure_ranges(file: onnx.ModelProto, graph: onnx.ModelProto, x: Tensor) ->
     probe.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
     session = _session(probe.SerializeToString())
     samples: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for part in x[:_CALIBRATION_IMAGES].split(1):  # the maps of one image alone may take a gigabyte
+    for part in _bar(
+        x[:_CALIBRATION_IMAGES].split(1), "ranges of sums"
+    ):  # the maps of one image alone may take a gigabyte
         maps = session.run(None, {session.get_inputs()[0].name: part.numpy()})
         for name, values in zip(names, maps, strict=True):
             flat = values.ravel()

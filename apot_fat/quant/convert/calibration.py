@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from tqdm.auto import tqdm
 
 from apot_fat.quant.convert.batches import floating, run_batch
 from apot_fat.quant.convert.norms import batch_norms, channel_statistics
@@ -79,7 +80,7 @@ def watch_layers(model: nn.Module, layers: Mapping[str, nn.Module], batches: lis
         watch_inputs(layers.values(), note),
         watch_inputs(batch_norms(model), note_statistics),
     ):
-        for batch in batches:
+        for batch in tqdm(batches, desc="calibrate", unit="batch", leave=False, disable=None):
             given: dict[str, Tensor] = {}
 
             def note_output(module: nn.Module, output: Any, given: dict[str, Tensor] = given) -> None:
@@ -98,7 +99,7 @@ def watch_layers(model: nn.Module, layers: Mapping[str, nn.Module], batches: lis
 
 @torch.no_grad()
 def run_quantized(
-    model: nn.Module, kinds: tuple[type[nn.Module], ...], batches: list[Any]
+    model: nn.Module, kinds: tuple[type[nn.Module], ...], batches: Iterable[Any]
 ) -> tuple[dict[nn.Module, list[Tensor]], Tensor | None]:
     """What the quantized layers give, in evaluation mode, and some of the network's outputs.
 

@@ -19,6 +19,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from apot_fat.quant.convert.batches import Calibration
 from apot_fat.quant.convert.calibration import Passes, run_quantized
@@ -100,7 +101,7 @@ def quantize(
     errors: dict[str, float] = {}
     error = None
     with unchanged(model, reference, only_if_it_fails=True):
-        for name in plan.plans:
+        for name in tqdm(plan.plans, desc="fit thresholds", unit="layer", leave=False, disable=None):
             convert_planned(plan, name)
         _leave_fast_paths(model)
         if plan.passes is not None and plan.batches is not None:
@@ -183,7 +184,8 @@ def _errors(
     Raises:
         ValueError: a converted layer that does not run as a quantized one.
     """
-    ran, output = run_quantized(model, get_args(AnyQuantized), batches)
+    compared = tqdm(batches, desc="compare", unit="batch", leave=False, disable=None)
+    ran, output = run_quantized(model, get_args(AnyQuantized), compared)
     _refuse_idle(model, plan, ran)
     errors = {}
     for name in plan.plans:
