@@ -62,9 +62,9 @@ def initial_step_threshold(mean_magnitude: Tensor, levels: LevelSet) -> Tensor:
 
 def _fit_rows(values_CK: Tensor, levels: LevelSet) -> Tensor:
     # the threshold of each row, (C,)
-    bounds, device = [math.log10(bound) for bound in _FIT_RANGE], values_CK.device
-    step = (bounds[1] - bounds[0]) / (_FIT_STEPS - 1)
-    coarse = _Candidates(torch.logspace(*bounds, _FIT_STEPS, device=device), levels)
+    low, high = (math.log10(bound) for bound in _FIT_RANGE)
+    step, device = (high - low) / (_FIT_STEPS - 1), values_CK.device
+    coarse = _Candidates(torch.logspace(low, high, _FIT_STEPS, device=device), levels)
     fine = _Candidates(torch.logspace(-step, step, _FINE_STEPS, device=device), levels)
     best = []
     for part_CK in values_CK.split(max(1, _FIT_CUTS // len(coarse.cuts_M))):
