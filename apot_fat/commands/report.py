@@ -9,7 +9,7 @@ from apot_fat.reporting import report
 def main(argv: list[str] | None = None) -> None:
     """Write the page, and with ``--figures`` each figure as PNG and SVG."""
     parser = OneLineParser(description=__doc__)
-    paths = "run folders, folders of run folders, checkpoints (ours or released), packed files"
+    paths = "run folders, folders of run folders (a sweep's too), checkpoints (ours or released), packed files"
     parser.add_argument("paths", nargs="+", metavar="PATH", help=f"{paths}; two or more are compared")
     parser.add_argument("--output", required=True, metavar="FILE.html", help="the page to write")
     parser.add_argument("--figures", metavar="DIR", help="write every figure as PNG and SVG too")

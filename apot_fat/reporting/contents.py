@@ -19,10 +19,11 @@ from apot_fat.quant.measure import Distribution, LayerMeasure, measure_layers, w
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.reporting.bits import NetworkBits, network_bits, network_method
 from apot_fat.reporting.cost import CostReport, cost_report
-from apot_fat.reporting.subject import Images, Subject, input_shape, load_images
+from apot_fat.reporting.subject import Images, Subject, input_shape, load_images, read_once
 from apot_fat.training.environment import environment
 
 MOST_EPOCHS = 100  # of thresholds over time: every layer's, so thinned out
+_MOST_EPOCHS_OF_ALL = 2000  # the same of all runs together
 PALETTES = ("fp32", "apot", "fat", "uniform", "lsq", "pact")
 _METHOD_NAMES = {"apot": "APoT", "fat": "FAT", "lsq": "LSQ", "pact": "PACT", "pot": "PoT"}
 
@@ -80,9 +81,9 @@ def build_report(
     named = list(dict.fromkeys(name for subject in subjects for name, _ in weight_layers(subject.model)))
     tables: dict[str, Columns] = {}
     offsets = _offsets(subjects)
-    runs = []
+    runs, read = [], read_once()
     for run, subject in enumerate(subjects):
-        images = load_images(subject, data, image_size)
+        images = load_images(subject, data, image_size, read)
         shape = input_shape(subject, images, image_size)
         cost = cost_report(subject.model, shape)
         batch = images.batch if isinstance(images, Images) else None
@@ -93,7 +94,7 @@ def build_report(
             | _run(subject, images, cost, measures, shape, offsets[run])
             | {"notes": _notes(subject, images, methods[run])}
         )
-        _add_history(tables, run, subject, offsets[run], named)
+        _add_history(tables, run, subject, offsets[run], named, min(MOST_EPOCHS, _MOST_EPOCHS_OF_ALL // len(subjects)))
         _add_layers(tables, run, bits[run], cost, measures, named)
         for row in (*cost.rows, cost.total):
             _add(tables, "costs", {"run": run, **asdict(row), "float_share": row.float_share})
@@ -185,8 +186,10 @@ def _notes(subject: Subject, images: Images | str, method: str) -> dict[str, str
     return notes
 
 
-def _add_history(tables: dict[str, Columns], run: int, subject: Subject, offset: int, named: list[str]) -> None:
-    kept = {round(i * (len(subject.history) - 1) / (MOST_EPOCHS - 1)) for i in range(MOST_EPOCHS)}
+def _add_history(
+    tables: dict[str, Columns], run: int, subject: Subject, offset: int, named: list[str], most: int
+) -> None:
+    kept = {round(i * (len(subject.history) - 1) / max(most - 1, 1)) for i in range(max(most, 2))}
     scores = [f"{part}_{score}" for part in ("train", "test", "val") for score in ("loss", "top1")]
     for index, row in enumerate(subject.history):
         place = {"run": run, "epoch": row["epoch"], "since": offset + row["epoch"]}
@@ -251,10 +254,17 @@ def _labels(subjects: Sequence[Subject], methods: Sequence[str], bits: Sequence[
         words = [network] if len(set(networks)) > 1 else []
         words.append(" and ".join(map(_named, method.split(" and "))))
         labels.append(" ".join([*words, own.label] if own.specs else words))
-    places = [Path(*subject.path.parts[-2:]) for subject in subjects]
+    places = _places([subject.path for subject in subjects])
     shared = [labels.count(label) > 1 for label in labels]
     labels = [f"{label} ({place})" if s else label for label, place, s in zip(labels, places, shared, strict=True)]
     return [f"{label} #{i + 1}" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
+
+
+def _places(paths: Sequence[Path]) -> list[Path]:
+    # the last two names of each, or as many as tell them apart
+    longest = max(len(path.parts) for path in paths)
+    ends = ([Path(*path.parts[-count:]) for path in paths] for count in range(2, max(longest, 2) + 1))
+    return next((end for end in ends if len(set(end)) == len(set(paths))), list(paths))
 
 
 def _named(method: str) -> str:
@@ -277,12 +287,12 @@ def _colors(methods: Sequence[str], bits: Sequence[NetworkBits]) -> list[dict[st
 
 
 def _offsets(subjects: Sequence[Subject]) -> list[int]:
-    # epochs before a run's first, in the runs of the same path that it started from
+    # epochs before a run's first, in the runs beside it that it started from
     def before(run: int, seen: tuple[int, ...] = ()) -> int:
         subject = subjects[run]
         folder = Path(subject.config.init).parent.name if subject.trained and subject.config.init else ""
         for other, candidate in enumerate(subjects):
-            is_parent = candidate.path.name == folder and candidate.group == subject.group
+            is_parent = candidate.path == subject.path.parent / folder and candidate.group == subject.group
             if is_parent and other not in (*seen, run):
                 return before(other, (*seen, run)) + len(candidate.history)
         return 0

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from apot_fat.checkpoint import PACKED_SUFFIX, best_accuracy
+from apot_fat.data import Dataset
 from apot_fat.models import find_architecture
 from apot_fat.training.build import load_config_dataset, make_batches, sample_images
 from apot_fat.training.config import TrainConfig
+from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.folder import BEST, LAST, best_index, read_run, recorded_shape
 from apot_fat.training.loop import Result, evaluate
 from apot_fat.training.network import open_network
 from apot_fat.training.recorded import recorded_history
 
 IMAGE_SIZES = {"cifar10": 32, "imagenet": 224}  # pixels, of the data sets of the papers
+_IMAGES_FIELDS = ("data", "test_data", "data_root", "image_size", "streams", "on_damaged")  # what names test images
 _CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+
+log = logging.getLogger("apot_fat")
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,8 @@ def load_subjects(path: Path, group: int = 0, own: str | None = None, **given: A
     """The networks at a path, from many bits to few.
 
     Args:
-        path: a run folder, a folder of run folders, a checkpoint (ours or released) or a packed file.
+        path: a run folder, a folder that holds run folders at any depth (as a sweep's does), a checkpoint (ours or
+            released) or a packed file.
         group: for ``Subject``.
         own: what builds a network of one's own, see ``open_network``.
         given: ``arch``, ``bit`` and ``preset`` of a checkpoint that does not record them and does not lie in a folder
@@ -89,23 +98,39 @@ def load_subjects(path: Path, group: int = 0, own: str | None = None, **given: A
     if path.is_dir():
         if (path / LAST).is_file():
             return [_run(path, group)]
-        folders = sorted(entry.parent for entry in path.glob(f"*/{LAST}"))
+        folders = sorted(entry.parent for entry in path.rglob(LAST))
         if not folders:
             raise ValueError(f"{path}: neither a run folder (it holds no {LAST}) nor a folder of run folders")
-        runs = [_run(folder, group) for folder in folders]
+        runs = [_run(folder, group) for folder in tqdm(folders, desc="read", unit="run", leave=False, disable=None)]
         return sorted(runs, key=lambda run: (run.config.arch.count("_"), run.config.arch, -run.config.bit))
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; name a run folder, a checkpoint or a packed file")
     return [_file(path, group, own, given)]
 
 
-def load_images(subject: Subject, data: str | None, image_size: int | None) -> Images | str:
+def read_once() -> Callable[[TrainConfig], Dataset]:
+    """What reads the test images that a config names, and the same ones only once."""
+    found: dict[tuple[object, ...], Dataset] = {}
+
+    def read(config: TrainConfig) -> Dataset:
+        key = tuple(getattr(config, name) for name in _IMAGES_FIELDS)
+        if key not in found:
+            found[key] = load_config_dataset(config, need_train=False)
+        return found[key]
+
+    return read
+
+
+def load_images(
+    subject: Subject, data: str | None, image_size: int | None, read: Callable[[TrainConfig], Dataset]
+) -> Images | str:
     """Test images for a network: those named, else those its run names if they are at hand. Nothing is downloaded.
 
     Args:
         subject: the network.
-        data: as ``--data``; then its accuracy on all of them is measured too.
+        data: as ``--data``; then its accuracy on all of them is measured too, on a GPU where there is one.
         image_size: height and width they are brought to, pixels.
+        read: of ``read_once``.
 
     Returns:
         The images, or the reason there are none, as a sentence.
@@ -122,19 +147,23 @@ def load_images(subject: Subject, data: str | None, image_size: int | None) -> I
         return f"No images: the run's data ({config.data}) are not at hand. Name some with --data."
     config = replace(config, image_size=image_size or config.image_size, workers=0)
     try:
-        dataset = load_config_dataset(config, need_train=False)
+        dataset = read(config)
     except ValueError:
         if data is not None:
             raise
         return f"No images: the run's data ({config.data}) cannot be read any more. Name some with --data."
-    device = torch.device("cpu")
-    batch = sample_images(config, dataset.test, device)
+    batch = sample_images(config, dataset.test, torch.device("cpu"))
     if data is None:
         return Images(dataset.name, batch, None)
     outputs = subject.num_classes
     if outputs is not None and int(dataset.test.labels_N.max()) >= outputs:
         raise ValueError(f"{subject.path}: has {outputs} outputs, {dataset.name} has {len(dataset.classes)} classes")
-    return Images(dataset.name, batch, evaluate(subject.model, make_batches(config, dataset.test, device)))
+    device = choose_device()
+    set_numerics(config.numerics, device)
+    model = subject.model.to(device)
+    result = evaluate(model, make_batches(config, dataset.test, device), log=log.debug)
+    model.cpu()
+    return Images(dataset.name, batch, result)
 
 
 def input_shape(subject: Subject, images: Images | str, image_size: int | None) -> tuple[int, int, int]:

@@ -35,8 +35,8 @@ def report(
     """Draw runs, checkpoints and packed files as one HTML page that needs no network.
 
     Args:
-        paths: one or several of: run folders, folders of run folders, checkpoints (ours or released), packed files; two
-            or more networks are compared.
+        paths: one or several of: run folders, folders of run folders (at any depth, as a sweep's), checkpoints (ours or
+            released), packed files; two or more networks are compared.
         output: the page to write.
         figures: a folder to write every figure to, as PNG and SVG.
         data: test images to measure inputs and accuracy on, as ``TrainConfig.data``; by default those a run names.

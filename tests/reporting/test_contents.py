@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,9 @@ from apot_fat.quant.measure import MOST_IMAGES, measure_input, measure_weight
 from apot_fat.quant.normalization import normalize_weight
 from apot_fat.reporting import cost_report
 from apot_fat.reporting.contents import Report, build_report
-from apot_fat.reporting.subject import Images, input_shape, load_images, load_subjects
-from apot_fat.training import summarize
+from apot_fat.reporting.subject import Images, input_shape, load_images, load_subjects, read_once
+from apot_fat.training import TrainConfig, summarize
+from apot_fat.training.build import load_config_dataset
 from apot_fat.training.folder import LAST
 
 if TYPE_CHECKING:
@@ -124,7 +126,7 @@ def test_weights_by_direct_counting(demo: Demo, run: int) -> None:
 
 def test_inputs_of_a_batch(demo: Demo, shared_npz: tuple[Path, Path]) -> None:
     subject = demo.report.subjects[FAT]
-    images = load_images(subject, None, None)
+    images = load_images(subject, None, None, read_once())
     assert isinstance(images, Images)
     assert len(images.batch) == MOST_IMAGES
     name = "layer2.1.conv2"
@@ -187,11 +189,11 @@ def test_what_cannot_be_shown_is_said(demo: Demo, tmp_path: Path) -> None:
     gone = replace(
         demo.report.subjects[FAT], config=replace(demo.report.subjects[FAT].config, data=str(tmp_path / "no"))
     )
-    missing = load_images(gone, None, None)
+    missing = load_images(gone, None, None, read_once())
     assert "not at hand" in str(missing)
     assert input_shape(gone, missing, None) == gone.shape == (3, 8, 8)
     with pytest.raises(ValueError, match="no data set"):
-        load_images(gone, "absent", None)
+        load_images(gone, "absent", None, read_once())
 
 
 def test_a_packed_file_lands_on_the_levels_of_its_network(demo: Demo) -> None:
@@ -201,6 +203,31 @@ def test_a_packed_file_lands_on_the_levels_of_its_network(demo: Demo) -> None:
     )
     inner = [row for row in before if row[0] not in ("conv1", "fc")]
     assert [row for row in after if row[0] not in ("conv1", "fc")] == inner
+
+
+def test_a_sweeps_runs_are_told_apart_by_as_much_of_their_paths_as_it_takes(demo: Demo, tmp_path: Path) -> None:
+    fp32, apot = demo.output / "resnet20_32bit", demo.output / "resnet20_3bit"
+    for recipe in ("published", "ours"):
+        for folder in (fp32, apot):
+            shutil.copytree(folder, tmp_path / recipe / "apot-cifar/seed0" / folder.name)
+    (tmp_path / "sweep.csv").touch()
+    runs = build_report(load_subjects(tmp_path)).data["runs"]
+    labels = [run["label"] for run in runs]
+    assert len(set(labels)) == 4
+    assert f"APoT 3 bits (published/apot-cifar/seed0/{apot.name})" in labels
+    assert sorted(run["first_epoch"] for run in runs) == [1, 1, 3, 3]  # each after the parent beside it
+
+
+def test_images_are_read_once(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def counted(config: TrainConfig, **given: Any) -> Any:
+        read.append(config.data)
+        return load_config_dataset(config, **given)
+
+    monkeypatch.setattr("apot_fat.reporting.subject.load_config_dataset", counted)
+    assert len({run["images_from"] for run in build_report(demo.report.subjects[:3]).data["runs"]}) == 1
+    assert len(read) == 1
 
 
 def test_accuracy_is_measured_on_named_images(demo: Demo, shared_npz: tuple[Path, Path]) -> None:
