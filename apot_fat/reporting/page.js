@@ -1,35 +1,36 @@
 "use strict";
 // Draws the figures from the numbers in the page, and keeps them in step with its controls.
-(() => {
-  const read = (id) => JSON.parse(document.getElementById(id).textContent);
-  const data = read("report-data");
-  const charts = read("report-charts");
+(async () => {
+  const text = (id) => document.getElementById(id).textContent;
+  const bytes = Uint8Array.from(atob(text("report-data")), (letter) => letter.charCodeAt(0));
+  const plain = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const data = await new Response(plain).json();
+  const charts = JSON.parse(text("report-charts"));
   const views = new Map(); // by name of a chart
   const state = { shown: new Set(data.runs.map((run) => run.id)), run: 0, layer: 0 };
 
-  // a table of columns as rows
-  const expanded = {};
-  function rows(table) {
-    if (!(table in expanded)) {
-      const columns = Object.entries(data[table]);
-      expanded[table] = columns[0][1].map((_, i) => {
-        const row = Object.fromEntries(columns.map(([name, values]) => [name, values[i]]));
-        row.label = data.runs[row.run].label;
-        if ("layer" in row) row.name = data.layers_named[row.layer];
-        return row;
-      });
+  // a table of columns as rows: those of a run and a layer, or of all
+  function rows(table, run = null, layer = null) {
+    const columns = Object.entries(data[table]);
+    const found = [];
+    for (let i = 0; i < columns[0][1].length; i++) {
+      if ((run !== null && data[table].run[i] !== run) || (layer !== null && data[table].layer[i] !== layer)) continue;
+      const row = Object.fromEntries(columns.map(([name, values]) => [name, values[i]]));
+      row.label = data.runs[row.run].label;
+      if ("layer" in row) row.name = data.layers_named[row.layer];
+      found.push(row);
     }
-    return expanded[table];
+    return found;
   }
 
   function chosen(chart) {
-    const all = chart.tables[0] === "runs" ? data.runs.map((run) => ({ ...run, run: run.id })) : chart.tables.flatMap(rows);
+    const run = chart.scope === "one" ? state.run : chart.run;
+    const layer = chart.scope === "all" ? null : state.layer;
+    const all = chart.tables[0] === "runs" ? data.runs.map((of) => ({ ...of, run: of.id })) : chart.tables.flatMap((table) => rows(table, run, layer));
     return all
-      .filter((row) => chart.run === null || row.run === chart.run)
       .filter((row) => chart.side === null || row.side === chart.side)
       .filter((row) => chart.needs.some((name) => (row[name] ?? null) !== null))
-      .filter((row) => (chart.scope === "one" ? row.run === state.run : state.shown.has(row.run)))
-      .filter((row) => chart.scope === "all" || row.layer === state.layer);
+      .filter((row) => chart.scope === "one" || state.shown.has(row.run));
   }
 
   function colored(spec) {
@@ -86,7 +87,7 @@
 
   function offerLayers() {
     const select = document.querySelector('[data-select="layer"]');
-    const own = rows("layers").filter((row) => row.run === state.run);
+    const own = rows("layers", state.run);
     if (!own.some((row) => row.layer === state.layer)) state.layer = own[0].layer;
     select.replaceChildren(...own.map((row) => new Option(row.name, row.layer, false, row.layer === state.layer)));
   }
@@ -105,6 +106,31 @@
     body.append(...sorted);
   }
 
+  // keys do what the mouse does, in the middle of the figure
+  function zoom(chart, key) {
+    const ground = chart.querySelector("svg path.background");
+    const box = ground.getBoundingClientRect();
+    const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
+    const at = (dx, dy) => ({ bubbles: true, cancelable: true, view: window, clientX: x + dx, clientY: y + dy, pointerType: "mouse" });
+    const turns = { "+": -120, "=": -120, "-": 120 };
+    const moves = { ArrowLeft: [1, 0], ArrowRight: [-1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
+    if (key in turns) {
+      ground.dispatchEvent(new WheelEvent("wheel", { ...at(0, 0), shiftKey: true, deltaY: turns[key] }));
+    } else if (key in moves) {
+      const [dx, dy] = [moves[key][0] * box.width * 0.1, moves[key][1] * box.height * 0.1];
+      ground.dispatchEvent(new PointerEvent("pointerdown", at(0, 0)));
+      window.dispatchEvent(new PointerEvent("pointermove", at(dx, dy)));
+      window.dispatchEvent(new PointerEvent("pointerup", at(dx, dy)));
+    } else if (key === "0") {
+      ground.dispatchEvent(new MouseEvent("dblclick", at(0, 0)));
+    } else return false;
+    return true;
+  }
+
+  document.addEventListener("keydown", (event) => {
+    const isPlain = !event.ctrlKey && !event.altKey && !event.metaKey;
+    if (isPlain && event.target.matches(".chart[tabindex]") && zoom(event.target, event.key)) event.preventDefault();
+  });
   document.addEventListener("click", (event) => {
     const button = event.target.closest("thead button");
     if (button) sort(button);

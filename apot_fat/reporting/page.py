@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -84,7 +86,7 @@ def page(report: Report) -> str:
         said=partial(_said, runs),
         rows_of=lambda table, run: report.rows(table, run=run),
         style=_resource("page.css") + _color_variables(runs),
-        data=_embedded(report.data),
+        data=_packed(report.data),
         described=_embedded([{k: v for k, v in asdict(chart).items() if k != "title"} for chart in charts]),
         library=_plotting_library(),
         script=_resource("page.js"),
@@ -118,8 +120,17 @@ def _resource(name: str) -> str:
     return files("apot_fat.reporting").joinpath(name).read_text(encoding="utf-8")
 
 
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
 def _embedded(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return _json(value).replace("<", "\\u003c")
+
+
+def _packed(value: Any) -> str:
+    # the numbers of 50 networks are 10 MB
+    return base64.b64encode(gzip.compress(_json(value).encode(), mtime=0)).decode()
 
 
 def _color_variables(runs: Sequence[Run]) -> str:

@@ -131,6 +131,33 @@ def test_controls_work_from_the_keyboard(browser: Any, file: Path) -> None:
     assert said(browser) == []
 
 
+def test_a_figure_is_zoomed_and_moved_from_the_keyboard(browser: Any, file: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    opened(browser, file, 1400, "light")
+    figure = browser.find_element(By.CSS_SELECTOR, '[data-chart="thresholds-layers"]')
+
+    def names() -> set[str]:
+        labels = "return [...arguments[0].querySelector('.role-axis-label').children].map((text) => text.textContent)"
+        return set(browser.execute_script(labels, figure))
+
+    def after(key: str) -> set[str]:
+        before = names()
+        figure.send_keys(key)
+        WebDriverWait(browser, 10, 0.05).until(lambda driver: names() != before)
+        return names()
+
+    whole = names()
+    assert {"1", "20"} <= whole
+    assert not {"1", "20"} & after("+")
+    assert not {"1", "20"} & after("+")
+    assert "20" in after(Keys.ARROW_RIGHT) | after(Keys.ARROW_RIGHT)
+    assert after("0") == whole
+    assert said(browser) == []
+
+
 def test_bits_of_each_layer_come_and_go_with_their_network(browser: Any, mixed_file: Path) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,16 +22,17 @@ from apot_fat.reporting.charts.networks import (
     thresholds_by_layer,
     thresholds_over_time,
 )
-from apot_fat.reporting.charts.parts import LIGHT, Chart
+from apot_fat.reporting.charts.parts import LIGHT, Chart, Points
 from apot_fat.reporting.contents import Report
 
 MOST_POINTS = 40  # epochs of a run whose points are drawn on its line
+MOST_TOOLTIPS = 2000  # points of a figure of all runs and epochs
 
 
 def make_charts(report: Report) -> list[Chart]:
     """The figures that the report's numbers allow, in the order of the page."""
-    longest = max(run["epochs"] or 0 for run in report.data["runs"])
-    points = longest <= MOST_POINTS
+    epochs = [run["epochs"] or 0 for run in report.data["runs"]]
+    points = Points(max(epochs) <= MOST_POINTS, math.ceil(sum(epochs) / MOST_TOOLTIPS))
     parts = PARTS if any(report.data["epochs"].get("val_top1", ())) else {k: PARTS[k] for k in ("test", "train")}
     alike = not any(run["bits_differ"] or run["input_bits_text"] for run in report.data["runs"])
     charts = [curves("error", parts, points), curves("loss", parts, points)]

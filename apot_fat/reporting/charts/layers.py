@@ -10,6 +10,7 @@ from apot_fat.reporting.charts.parts import (
     RUN_TIP,
     ZOOM,
     Chart,
+    Points,
     lines_and_points,
     parts_line,
     tip,
@@ -114,7 +115,7 @@ def spectrum() -> Chart:
         "Spectrum before and after FAT's mask",
         "Lines: mean magnitude of the spectrum of the weight of {layer} in {run} before the mask (dashed) and after it "
         "(solid), over frequency.",
-        vega_lite(transform=transform, layer=lines_and_points(encoding, points=False)),
+        vega_lite(transform=transform, layer=lines_and_points(encoding, Points(seen=False))),
         ("frequencies",),
         ("before",),
         scope="one",
@@ -134,7 +135,7 @@ def mask() -> Chart:
         "encoding": {"x": _FREQUENCY, "y": {"field": "mask_min", **y}, "y2": {"field": "mask_max"}, "color": RUN_COLOR},
     }
     lines = lines_and_points(
-        {"x": _FREQUENCY, "y": {"field": "mask_mean", **y}, "color": RUN_COLOR, "tooltip": tips}, points=False
+        {"x": _FREQUENCY, "y": {"field": "mask_mean", **y}, "color": RUN_COLOR, "tooltip": tips}, Points(seen=False)
     )
     return Chart(
         "mask",
@@ -148,8 +149,8 @@ def mask() -> Chart:
     )
 
 
-def layer_thresholds(points: bool) -> Chart:
-    """The thresholds of a layer over the epochs; ``points`` whether each is drawn."""
+def layer_thresholds(points: Points) -> Chart:
+    """The thresholds of a layer over the epochs."""
     transform, dash = parts_line({"weight_alpha": "weights", "act_alpha": "activations"}, "alpha", [[1, 0], [4, 3]])
     tips = [
         RUN_TIP,

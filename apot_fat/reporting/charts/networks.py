@@ -14,6 +14,7 @@ from apot_fat.reporting.charts.parts import (
     RUN_TIP,
     ZOOM,
     Chart,
+    Points,
     lines_and_points,
     parts_line,
     tip,
@@ -26,7 +27,7 @@ _NAMES_HEIGHT = 140  # of layers, upright
 _PART_DASHES = [[1, 0], [4, 3], [1, 3]]
 
 
-def curves(what: str, parts: dict[str, str], points: bool) -> Chart:
+def curves(what: str, parts: dict[str, str], points: Points) -> Chart:
     """Error or loss over the epochs, of these parts of the images."""
     column = "top1" if what == "error" else "loss"
     transform, dash = parts_line({f"{part}_{column}": text for part, text in parts.items()}, column, _PART_DASHES)
@@ -111,7 +112,7 @@ def accuracy(against: str, alike: bool) -> Chart:
     )
 
 
-def thresholds_over_time(side: str, points: bool) -> Chart:
+def thresholds_over_time(side: str, points: Points) -> Chart:
     """The mean threshold of weights or activations over the epochs."""
     word = "weight" if side == "weight" else "activation"
     unit = "normalised weight" if side == "weight" else "unit of the input"
@@ -161,7 +162,7 @@ def _by_layer(name: str, title: str, alt: str, parts: dict[str, str], axis: str)
     tips = [RUN_TIP, tip("name", "layer", "nominal"), tip("part", "of", "nominal"), tip("value", axis, form=".4g")]
     y = {"field": "value", "type": "quantitative", "title": axis, "scale": {"nice": False, "padding": 8}}
     encoding = {"x": LAYER_AXIS, "y": y, "color": RUN_COLOR, "strokeDash": dash, "tooltip": tips}
-    spec = vega_lite(transform=transform, layer=lines_and_points(encoding, points=True))
+    spec = vega_lite(transform=transform, layer=lines_and_points(encoding, Points(seen=True)))
     return Chart(name, title, alt, spec, ("layers",), tuple(parts), note="levels")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Chart:
     run: int | None = None
     scope: str = "all"
     note: str | None = None
+
+    @property
+    def zooms(self) -> bool:
+        """Whether it can be zoomed."""
+        return any(ZOOM in part.get("params", ()) for part in self.spec.get("layer", (self.spec,)))
 
 
 HEIGHT = 260  # pixels
@@ -129,12 +134,25 @@ def parts_line(
     return transform, dash
 
 
-def lines_and_points(encoding: dict[str, Any], points: bool) -> list[dict[str, Any]]:
-    """Points carry the tooltips; where they would be many they are there but not seen."""
+class Points(NamedTuple):
+    """Points of lines, which carry the tooltips.
+
+    Args:
+        seen: whether they are drawn; where they would hide the line they are there, but not seen.
+        every: how many epochs have one together: a page draws thousands of points slowly.
+    """
+
+    seen: bool
+    every: int = 1
+
+
+def lines_and_points(encoding: dict[str, Any], points: Points) -> list[dict[str, Any]]:
+    """Lines, and their points."""
     line = {name: channel for name, channel in encoding.items() if name != "tooltip"}
     point = {name: channel for name, channel in encoding.items() if name != "strokeDash"}
-    mark = {"type": "point", "filled": True, "size": 30 if points else 90, "opacity": 1 if points else 0}
+    mark = {"type": "point", "filled": True, "size": 30 if points.seen else 90, "opacity": int(points.seen)}
+    few = {"transform": [{"filter": f"(datum.epoch - 1) % {points.every} == 0"}]} if points.every > 1 else {}
     return [
         {"mark": {"type": "line", "strokeWidth": 2}, "encoding": line},
-        {"mark": mark, "params": [ZOOM], "encoding": point},
+        {"mark": mark, "params": [ZOOM], "encoding": point, **few},
     ]
