@@ -4,21 +4,52 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from apot_fat.quant import get_kernels, set_kernels
+from tests.left_out import left_out
 
 if "APOT_FAT_KERNELS" not in os.environ and find_spec("apot_fat.quant.fast"):
     # a compilation takes seconds: the tests of compiled kernels ask for them
     vars(import_module("apot_fat.quant.fast.kernels"))["AUTO_ELEMENTS"] = 1 << 62
 torch.set_num_threads(1)  # the suite runs on as many processes as cores
+_slow = pytest.StashKey[int]()  # how many slow tests were left out
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_slow] = 0
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    if items and not items[0].config.option.keyword:
+        items[0].config.stash[_slow] += sum(item.get_closest_marker("slow") is not None for item in items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of several processes, which all look at all tests
+        session.config.workeroutput["slow"] = session.config.stash[_slow]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[_slow] = getattr(node, "workeroutput", {}).get("slow", 0)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> Iterator[None]:
+    """Say in one line what was left out, and how to run it."""
+    yield
+    skipped = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])]
+    if line := left_out(skipped, config.stash[_slow]):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
