@@ -28,11 +28,13 @@ class Seen:
     Args:
         lowest: smallest value of its input.
         values: of its input, about ``FIT_SAMPLES`` taken at random.
+        count: how many values its input has.
         output: of its first call on each batch, some values at places that depend on their number alone.
     """
 
     lowest: float
     values: Tensor
+    count: int
     output: list[Tensor] = field(default_factory=list)
 
 
@@ -65,8 +67,9 @@ def watch_layers(model: nn.Module, layers: Mapping[str, nn.Module], batches: lis
         values, lowest, name = sample(x, FIT_SAMPLES).float(), x.min().item(), names[id(module)]
         before = seen.get(name)
         if before is None:
-            seen[name] = Seen(lowest, values)
+            seen[name] = Seen(lowest, values, x.numel())
         else:
+            before.count += x.numel()
             before.lowest, before.values = min(lowest, before.lowest), torch.cat([before.values, values])
 
     outputs = []

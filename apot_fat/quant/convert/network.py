@@ -29,8 +29,12 @@ from apot_fat.quant.convert.norms import move_batch_norms
 from apot_fat.quant.convert.plan import NetworkPlan, base_spec, plan_network
 from apot_fat.quant.convert.reconstruction import Reconstruction, tune_blocks
 from apot_fat.quant.layers import AnyQuantized
+from apot_fat.quant.seam import get_kernels, set_kernels
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.quant.thresholds import fit_weight_threshold
+
+COMPILED_FROM = 1 << 28
+"""Values of all layers' inputs, on the calibration inputs, from which quantizers are compiled to run on them twice."""
 
 
 @torch.no_grad()
@@ -105,11 +109,12 @@ def quantize(
             convert_planned(plan, name)
         _leave_fast_paths(model)
         if plan.passes is not None and plan.batches is not None:
-            move_batch_norms(model, plan.passes.norms, plan.batches[0])
-            if tuning is not None and reference is not None:
-                _refuse_idle(model, plan, run_quantized(model, get_args(AnyQuantized), plan.batches[:1])[0])
-                tune_blocks(model, reference, plan.batches, tuning)
-            errors, error = _errors(model, plan, plan.passes, plan.batches)
+            with _compiled_where_it_pays(plan.passes, tuning):
+                move_batch_norms(model, plan.passes.norms, plan.batches[0])
+                if tuning is not None and reference is not None:
+                    _refuse_idle(model, plan, run_quantized(model, get_args(AnyQuantized), plan.batches[:1])[0])
+                    tune_blocks(model, reference, plan.batches, tuning)
+                errors, error = _errors(model, plan, plan.passes, plan.batches)
     return Conversion((*_rows(plan, errors), *_other_weights(model, plan.layers)), error)
 
 
@@ -167,6 +172,18 @@ def unchanged(
             with torch.no_grad():
                 for tensor, value in (*buffers, *values):
                     tensor.copy_(value)
+
+
+@contextmanager
+def _compiled_where_it_pays(passes: Passes, tuning: Reconstruction | None) -> Iterator[None]:
+    # of the quantizers, which takes half a minute the first time: two passes over few inputs take seconds without
+    before = get_kernels()
+    if before == "auto" and tuning is None and sum(seen.count for seen in passes.layers.values()) < COMPILED_FROM:
+        set_kernels("eager")
+    try:
+        yield
+    finally:
+        set_kernels(before)
 
 
 def _leave_fast_paths(model: nn.Module) -> None:

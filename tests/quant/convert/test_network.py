@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from apot_fat import QuantConv2d, QuantLinear, dequantize, preset, quantize, set_bits
 from apot_fat.models import create_model
-from apot_fat.quant import EIGHT_BIT, fit_threshold, level_set, quantize_activation, threshold_layers
+from apot_fat.quant import (
+    EIGHT_BIT,
+    fit_threshold,
+    get_kernels,
+    level_set,
+    quantize_activation,
+    set_kernels,
+    threshold_layers,
+)
 from apot_fat.quant.watching import watch_inputs
 from tests.quant.convert.conftest import Released
 
@@ -165,8 +173,8 @@ def test_a_network_goes_on_computing_what_it_did(method: str, bits: int, limit: 
         got = model(x)
         assert (model(new) - expected_new).norm() < limit * expected_new.norm()
     error = ((got - expected).norm() / expected.norm()).item()
-    assert done.error == pytest.approx(error, rel=1e-4)
-    assert done.sqnr == pytest.approx(-20 * torch.tensor(error).log10().item(), rel=1e-4)
+    assert done.error == pytest.approx(error, rel=1e-3)  # of float products, not of bytes, on few inputs
+    assert done.sqnr == pytest.approx(-20 * torch.tensor(error).log10().item(), rel=1e-3)
     errors = [row.error for row in done.rows]
     assert all(e is not None and e < 2 * limit for e in errors), errors
     assert f"error {error:.3g}" in str(done)
@@ -343,6 +351,19 @@ def test_thresholds_of_least_squared_error() -> None:
     assert error(alpha) <= min(error(alpha * 0.9), error(alpha * 1.1), error(8.0))
     assert fit_threshold(-values, levels, signed=False) == 1.0
     assert fit_threshold(torch.zeros(3), levels, signed=True) == 1.0
+
+
+def test_quantizers_are_not_compiled_for_two_passes_over_few_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(16, 3, 8, 8)
+    set_kernels("auto")
+    for few, expected in ((True, "eager"), (False, "auto")):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+        found: list[str] = []
+        model[2].register_forward_hook(lambda *_, found=found: found.append(get_kernels()))
+        monkeypatch.setattr("apot_fat.quant.convert.network.COMPILED_FROM", 1 << 20 if few else 0)
+        quantize(model, 4, calibration=x)
+        assert found[0] == get_kernels() == "auto"
+        assert found[-2:] == [expected] * 2  # batch norms moved, and outputs compared
 
 
 def test_dequantize_folds_the_quantized_weights() -> None:
