@@ -42,7 +42,7 @@ def test_lower_rooms_do_not_import_higher_ones() -> None:
         "data": {"quant"},
         "checkpoint": {"quant", "models"},
         "training": {"quant", "models", "data", "checkpoint"},
-        "reporting": {"quant", "models", "checkpoint", "training"},
+        "reporting": {"quant", "models", "data", "checkpoint", "training"},
         "integer": {"quant"},
         "export": {"quant", "models", "checkpoint", "integer"},
     }
