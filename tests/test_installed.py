@@ -87,6 +87,7 @@ def test_an_sdist_holds_no_file_twice_and_runs_as_it_is(built: Built) -> None:
     assert Path(found.strip()) == built.unpacked / "models/__init__.py"
 
 
+@pytest.mark.slow
 def test_without_links_the_networks_are_found_beside_the_package(built: Built, tmp_path: Path) -> None:
     (tmp_path / "apot_fat").mkdir()
     for part in ("__init__.py", "package_files.py", "quant", "text.py", "plain.py", "optional.py"):

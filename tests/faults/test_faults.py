@@ -39,7 +39,11 @@ def test_a_disturbed_run_ends_with_the_same_bits(seed: int, launcher: Launcher, 
 @pytest.mark.parametrize(
     ("run", "fault"),
     [
-        (Run(images=STREAM, workers=2, options=SHORT), Fault(LOST_WORKER, moment=0.5, at_file=True)),
+        pytest.param(
+            Run(images=STREAM, workers=2, options=SHORT),
+            Fault(LOST_WORKER, moment=0.5, at_file=True),
+            marks=pytest.mark.slow,
+        ),
         (Run(processes=2, options=SHORT), Fault(FULL_DISK, moment=0.5, at_file=True)),
     ],
 )

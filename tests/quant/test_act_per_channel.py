@@ -45,7 +45,13 @@ def one_by_one(layer: QuantConv2d | QuantLinear, dim: int) -> Callable[[Tensor, 
 
 
 @pytest.mark.parametrize(
-    ("shape", "kernels"), [(CONV, "eager"), (CONV, "compiled"), (UNBATCHED, "eager"), (LINEAR, "eager")]
+    ("shape", "kernels"),
+    [
+        (CONV, "eager"),
+        pytest.param(CONV, "compiled", marks=pytest.mark.slow),
+        (UNBATCHED, "eager"),
+        (LINEAR, "eager"),
+    ],
 )
 @pytest.mark.parametrize(
     "options",

@@ -46,6 +46,7 @@ def test_a_checkpoint_becomes_a_packed_file_that_gives_the_accuracy_said(
     assert code == 2
 
 
+@pytest.mark.slow
 def test_it_is_the_same_file_for_the_same_seed_and_another_for_another(run: Run, data: tuple[object, ...]) -> None:
     assert run("train.py", "--arch", "res20", "--bit", 32, "--epochs", 1, "--batch-size", 16, *data)[0] == 0
     shown = []

@@ -45,7 +45,8 @@ def config(source: RunSummary, output: Path, **values: Any) -> TrainConfig:
     return TrainConfig(**{**settings, "output": str(output), **values})
 
 
-@pytest.mark.parametrize("preset", [pytest.param("apot-cifar", marks=pytest.mark.slow), "fat-cifar"])
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["apot-cifar", "fat-cifar"])
 def test_a_run_begins_close_to_the_network_before_it(fp32: RunSummary, tmp_path: Path, preset: str) -> None:
     assert fp32.best > 90
     # batch norms learn from the epoch's images, so that only the average, estimated on them, is the start's
