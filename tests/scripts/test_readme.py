@@ -135,7 +135,7 @@ def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     several = "fully_shard"  # processes; tests/training/test_sharded.py
     own = [b for b in blocks("python", [page for page in PAGES if page != EXTEND]) if several not in b]
-    assert len(own) == 3
+    assert len(own) == 4
     defaults = Reconstruction.__init__.__defaults__
     assert defaults is not None
     monkeypatch.setattr(Reconstruction.__init__, "__defaults__", (2, 2, *defaults[2:]))  # steps
