@@ -73,6 +73,11 @@ class Plain:
         return nullcontext()
 
     @staticmethod
+    def uncompiled() -> AbstractContextManager[None]:
+        """Within it nothing is compiled by choice of ``auto``: for work that is done before the compiler is."""
+        return nullcontext()
+
+    @staticmethod
     def compiler_works(device_type: str) -> bool:
         """Whether networks and quantizers can be compiled for a device type."""
         return False

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from apot_fat.quant import seam
 from apot_fat.quant.convert.batches import Calibration
 from apot_fat.quant.convert.calibration import Passes, run_quantized
 from apot_fat.quant.convert.conversion import Conversion, ConvertedLayer
@@ -29,7 +30,6 @@ from apot_fat.quant.convert.norms import move_batch_norms
 from apot_fat.quant.convert.plan import NetworkPlan, base_spec, plan_network
 from apot_fat.quant.convert.reconstruction import Reconstruction, tune_blocks
 from apot_fat.quant.layers import AnyQuantized
-from apot_fat.quant.seam import get_kernels, set_kernels
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.quant.thresholds import fit_weight_threshold
 
@@ -109,7 +109,9 @@ def quantize(
             convert_planned(plan, name)
         _leave_fast_paths(model)
         if plan.passes is not None and plan.batches is not None:
-            with _compiled_where_it_pays(plan.passes, tuning):
+            # the first compilation takes half a minute: two passes over few inputs take seconds without
+            few = tuning is None and sum(seen.count for seen in plan.passes.layers.values()) < COMPILED_FROM
+            with seam.speed.uncompiled() if few else nullcontext():
                 move_batch_norms(model, plan.passes.norms, plan.batches[0])
                 if tuning is not None and reference is not None:
                     _refuse_idle(model, plan, run_quantized(model, get_args(AnyQuantized), plan.batches[:1])[0])
@@ -172,18 +174,6 @@ def unchanged(
             with torch.no_grad():
                 for tensor, value in (*buffers, *values):
                     tensor.copy_(value)
-
-
-@contextmanager
-def _compiled_where_it_pays(passes: Passes, tuning: Reconstruction | None) -> Iterator[None]:
-    # of the quantizers, which takes half a minute the first time: two passes over few inputs take seconds without
-    before = get_kernels()
-    if before == "auto" and tuning is None and sum(seen.count for seen in passes.layers.values()) < COMPILED_FROM:
-        set_kernels("eager")
-    try:
-        yield
-    finally:
-        set_kernels(before)
 
 
 def _leave_fast_paths(model: nn.Module) -> None:

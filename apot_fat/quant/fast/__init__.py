@@ -21,6 +21,7 @@ class _Fast(seam.Plain):
     output = staticmethod(layer_output.layer_output)
     forget = staticmethod(kept.forget)
     kept_weights = staticmethod(kept.kept_weights)
+    uncompiled = staticmethod(kernels.uncompiled)
     compiler_works = staticmethod(kernels.compiler_works)
     inductor_options = staticmethod(kernels.inductor_options)
 

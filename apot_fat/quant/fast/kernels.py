@@ -10,7 +10,8 @@ import logging
 import threading
 import types
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -37,7 +38,20 @@ _ROUNDED_DIVISION = "eager_numerics.division_rounding"
 
 _kernels: dict[tuple[Any, ...], Callable[..., Any]] = {}  # compiled so far, by the arguments of _compiled
 
+_auto_compiles = True
+
 log = logging.getLogger("apot_fat")
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """``seam.Plain.uncompiled``."""
+    global _auto_compiles
+    before, _auto_compiles = _auto_compiles, False
+    try:
+        yield
+    finally:
+        _auto_compiles = before
 
 
 def pointwise(
@@ -171,7 +185,7 @@ def _compiles(x: Tensor) -> bool:
     if get_kernels() == "compiled":
         return True
     # on a GPU small tensors cost launches, and a quantizer that is not compiled is a dozen of them
-    return (x.device.type == "cuda" or x.numel() >= AUTO_ELEMENTS) and compiler_works(x.device.type)
+    return _auto_compiles and (x.device.type == "cuda" or x.numel() >= AUTO_ELEMENTS) and compiler_works(x.device.type)
 
 
 def _size_class(x: Tensor) -> int:
