@@ -18,7 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apot_fat.data.sharding import Batch, EpochPlan, PlannedBatches, Sharding, epoch_generator
+from apot_fat.data.sharding import Batch, EpochPlan, Planned, PlannedBatches, Sharding, epoch_generator
+
+AT_ONCE = 1 << 24
+"""Pixel values that are cropped, mirrored and normalised in one go: a GPU is told once for many batches."""
 
 
 @dataclass(frozen=True)
@@ -212,14 +215,27 @@ class ImageBatches(PlannedBatches):
             offsets_N2 = torch.randint(0, 2 * self.augmentation.padding + 1, (count, 2), generator=generator).to(device)
             flips_N = torch.rand(count, generator=generator).to(device) < (0.5 if self.augmentation.flip else 0.0)
         order_N = order_N.to(device)
-        for part, share, ends_step in self.plan.slices(start):
-            indices = order_N[part]
-            images_BHWC = self.images_NHWC[indices]
+        for parts in _together(self.plan.slices(start), max(1, AT_ONCE // self.images_NHWC[0].numel())):
+            places = torch.cat([torch.arange(part.start, part.stop, device=device) for part, _, _ in parts])
+            images_BHWC, labels = self.images_NHWC[order_N[places]], self.labels_N[order_N[places]]
             if self.augmentation is not None and offsets_N2 is not None and flips_N is not None:
-                images_BHWC = crop_and_flip(images_BHWC, self.augmentation.padding, offsets_N2[part], flips_N[part])
+                offsets, flips = offsets_N2[places], flips_N[places]
+                images_BHWC = crop_and_flip(images_BHWC, self.augmentation.padding, offsets, flips)
             x = normalize(images_BHWC, self.mean, self.std).permute(0, 3, 1, 2)
             x = x if self.channels_last else x.contiguous()
-            yield Batch(x, self.labels_N[indices], share, ends_step)
+            sizes = [part.stop - part.start for part, _, _ in parts]
+            for own, own_labels, (_, share, ends_step) in zip(x.split(sizes), labels.split(sizes), parts, strict=True):
+                yield Batch(own, own_labels, share, ends_step)
+
+
+def _together(slices: Iterator[Planned], images: int) -> Iterator[list[Planned]]:
+    # as many neighbours at a time as have so many images, at least one
+    for first in slices:
+        parts, left = [first], images - (first[0].stop - first[0].start)
+        while left > 0 and (another := next(slices, None)) is not None:
+            parts.append(another)
+            left -= another[0].stop - another[0].start
+        yield parts
 
 
 def normalize(images_BHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:

@@ -29,6 +29,10 @@ class Batch(NamedTuple):
     ends_step: bool = True
 
 
+Planned = tuple[slice, float, bool]
+"""A batch to be made: its part of the epoch's order, its share of the step, and whether it ends one."""
+
+
 class Batches(Protocol):
     """Batches of one epoch after another."""
 
@@ -85,7 +89,7 @@ class Sharding:
         """Optimiser steps an epoch of ``count`` images; a last batch with fewer images than parts is left out."""
         return count // batch_size + (count % batch_size >= self.parts)
 
-    def training_slices(self, count: int, batch_size: int) -> Iterator[tuple[slice, float, bool]]:
+    def training_slices(self, count: int, batch_size: int) -> Iterator[Planned]:
         """This process's (slice of the epoch's order, share, whether it ends a step), in order."""
         for step in range(self.steps(count, batch_size)):
             start = step * batch_size
@@ -96,7 +100,7 @@ class Sharding:
                 share = (cuts[part + 1] - cuts[part]) / size
                 yield part_slice, share, part == (self.rank + 1) * self.accumulate - 1
 
-    def evaluation_slices(self, count: int, batch_size: int) -> Iterator[tuple[slice, float, bool]]:
+    def evaluation_slices(self, count: int, batch_size: int) -> Iterator[Planned]:
         """Every ``world``-th batch: all processes together see each image exactly once."""
         for start in range(self.rank * batch_size, count, self.world * batch_size):
             yield slice(start, min(start + batch_size, count)), 1.0, True
@@ -134,7 +138,7 @@ class EpochPlan:
         """The indices of an epoch's images, in its order."""
         return torch.randperm(self.count, generator=generator) if self.training else torch.arange(self.count)
 
-    def slices(self, start: int = 0) -> Iterator[tuple[slice, float, bool]]:
+    def slices(self, start: int = 0) -> Iterator[Planned]:
         """(slice of the order, share, whether it ends a step) of each batch of this process, from one on."""
         divide = self.sharding.training_slices if self.training else self.sharding.evaluation_slices
         return islice(divide(self.count, self.batch_size), start, None)

@@ -290,7 +290,8 @@ def _offsets(subjects: Sequence[Subject]) -> list[int]:
     # epochs before a run's first, in the runs beside it that it started from
     def before(run: int, seen: tuple[int, ...] = ()) -> int:
         subject = subjects[run]
-        folder = Path(subject.config.init).parent.name if subject.trained and subject.config.init else ""
+        source = subject.config.weights_path(subject.config.init) if subject.trained else None
+        folder = Path(source).parent.name if source else ""
         for other, candidate in enumerate(subjects):
             is_parent = candidate.path == subject.path.parent / folder and candidate.group == subject.group
             if is_parent and other not in (*seen, run):

@@ -26,9 +26,8 @@ from apot_fat.data import (
 from apot_fat.quant.measure import MOST_IMAGES
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.distributed import in_turns, launched
-from apot_fat.training.folder import BEST
 from apot_fat.training.objective import Objective
-from apot_fat.training.teacher import load_teacher, teacher_path
+from apot_fat.training.teacher import load_teacher
 
 FILE_SIZE = 224
 """Height and width that image files are brought to, pixels."""
@@ -125,12 +124,15 @@ def make_objective(config: TrainConfig, num_classes: int, device: torch.device) 
     """
     teacher = None
     if config.distill_weight:
-        teacher = load_teacher(config, teacher_path(config, BEST), num_classes, device)
+        source = config.weights_path(config.teacher)
+        assert source is not None
+        teacher = load_teacher(config, source, num_classes, device)
     return Objective(
         label_smoothing=config.label_smoothing,
         teacher=teacher,
         distill_weight=config.distill_weight,
         distill_temperature=config.distill_temperature,
+        distill_mixup=config.distill_mixup,
     )
 
 

@@ -7,6 +7,7 @@ import typing
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, Union
 
 from apot_fat.data.normalization import normalization
@@ -14,12 +15,17 @@ from apot_fat.data.stream import CROPS, ON_DAMAGED
 from apot_fat.models import default_preset, find_architecture
 from apot_fat.quant.spec import PRESETS, check_bits, nearest
 from apot_fat.training.device import AMP_TYPES, NUMERICS
+from apot_fat.training.objective import check_mixup
 
 LOADERS = ("auto", "memory", "stream")
 AUGMENTS = ("auto", *CROPS)
 LR_UNITS = ("epochs", "steps")
+OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("step", "cosine", "onecycle")
-FP32_TEACHER = "fp32"
+FP32_RUN = "fp32"
+"""What ``init`` and ``teacher`` call the 32-bit run beside."""
+BEST = "model_best.pth.tar"
+"""A run's best checkpoint."""
 THRESHOLD_INITS = ("constant", "mse", "lsq")
 COMPILE_MODES = ("auto", "off", "quantizers", "model")
 
@@ -81,7 +87,12 @@ class TrainConfig:
     accumulate: int = _option(1, "batches whose gradients are added up before a step", low=1)
     epochs: int = _option(300, "passes over the training images", low=1)
     lr: float = _option(0.1, "learning rate a step, for --batch-size images", "--learning_rate", above=0)
-    momentum: float = _option(0.9, "of SGD", low=0, high=0.9999)
+    optimizer: str = _option(
+        "sgd",
+        "adam: its learning rates are relative to the root mean square that each parameter starts with",
+        choices=OPTIMIZERS,
+    )
+    momentum: float = _option(0.9, "of SGD; of Adam the first beta", low=0, high=0.9999)
     weight_decay: float = _option(1e-4, "of weights, per step and unit of lr", "--wd", low=0)
     schedule: str = _option("step", "learning rate over time", choices=SCHEDULES)
     lr_unit: str = _option("epochs", "what lr_steps and warmup count", choices=LR_UNITS)
@@ -107,6 +118,9 @@ class TrainConfig:
         0.0, "w of the loss (1 - w) CE + w T^2 KL(teacher || network) (Hinton 2015, Apprentice 2018)", low=0, high=1
     )
     distill_temperature: float = _option(4.0, "T of the distillation", above=0, high=1000)
+    distill_mixup: float = _option(
+        0.0, "distil on images mixed in pairs: the most that another image has in one, 0 for none", low=0, high=1
+    )
     ema_decay: float = _option(
         0.0,
         "test and keep an exponential moving average of the weights: its decay a step, 0 for none (Polyak 1992)",
@@ -118,7 +132,10 @@ class TrainConfig:
     )
 
     init: str | None = _option(
-        None, "checkpoint to start from, of any bit-width; `torchvision`: its fp32 weights; `none`", "--pretrained"
+        None,
+        "checkpoint to start from, of any bit-width; `torchvision`: its fp32 weights; `fp32`: the 32-bit run of the "
+        "same --output; `none`",
+        "--pretrained",
     )
     reconstruct: int = _option(
         0, "training images on which the start is tuned, block by block, to give what --init gives; 0 for none", low=0
@@ -159,6 +176,7 @@ class TrainConfig:
             raise ValueError(f"preset {self.preset!r}{hint}: choose one of {', '.join(PRESETS)}")
         if self.distill_weight and self.teacher is None:
             raise ValueError(f"distill_weight {self.distill_weight}: name the network to distil from with --teacher")
+        check_mixup(self.distill_mixup, self.distill_weight)
         if self.reconstruct and self.init in (None, "none"):
             raise ValueError(f"reconstruct {self.reconstruct}: name the network to come close to with --init")
         for name in ("mean", "std"):
@@ -176,6 +194,12 @@ class TrainConfig:
     def run_name(self) -> str:
         """Name of the run folder: architecture as spelled, and bits."""
         return f"{self.arch}_{self.bit}bit"
+
+    def weights_path(self, source: str | None) -> str | None:
+        """Where the weights of ``init`` or ``teacher`` come from: a checkpoint's path, ``torchvision``, or nowhere."""
+        if source == FP32_RUN:
+            return str(Path(self.output) / f"{self.arch}_32bit" / BEST)
+        return None if source == "none" else source
 
     @property
     def method(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from typing import Any
 
 import torch
 
@@ -87,5 +88,13 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
         device: where the run is.
     """
     if choice == "auto":
-        choice = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+        choice = "bf16" if device.type == "cuda" and has_fast_bfloat16(device) else "off"
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU, or a CPU's AVX-512 or AMX, multiplies bfloat16 faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))

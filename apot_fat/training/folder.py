@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from apot_fat.checkpoint import atomic_write, drop_damaged, read_newest, remove_leftovers, write_checkpoint
 from apot_fat.text import one_line
 from apot_fat.training.board import Board
+from apot_fat.training.config import BEST as BEST
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.distributed import Processes, gather_objects, largest_over_processes, wait_for_all
 from apot_fat.training.interruption import InterruptedRunError, SignalWatch
@@ -24,7 +25,7 @@ from apot_fat.training.readback import CHECK_EVERY, LateRead
 from apot_fat.training.recorded import recorded_config, recorded_history
 from apot_fat.training.state import TrainState, rng_state
 
-LAST, BEST, METRICS, CONFIG = "checkpoint.pth.tar", "model_best.pth.tar", "metrics.jsonl", "config.toml"
+LAST, METRICS, CONFIG = "checkpoint.pth.tar", "metrics.jsonl", "config.toml"
 log = logging.getLogger("apot_fat")
 
 

@@ -13,15 +13,21 @@ class Objective:
     """The loss of a batch.
 
     Equation: L = (1 − w) · CE + w · KD: the mean cross entropy with smoothed labels, (1 − ε) 1[k = y] + ε / K for class
-    k of K, and ``distillation``.
+    k of K, and ``distillation``. With ``distill_mixup`` m both networks see (1 − s) x + s x̃ in place of an image x, x̃
+    the next of the batch and s ~ U(0, m): the network is to be the teacher's function between the images too.
 
     Args:
         label_smoothing: ε of the cross entropy, [0, 1).
         teacher: the network distilled from, in evaluation mode; or None.
         distill_weight: w, [0, 1].
         distill_temperature: T, > 0.
+        distill_mixup: m, [0, 1]; 0 for none. Its random numbers are the process's.
 
-    Paper: Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016, section 7, for ε.
+    Raises:
+        ValueError: ``distill_mixup`` with w < 1.
+
+    Paper: Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016, section 7, for ε; Beyer et al.,
+    "Knowledge Distillation: A Good Teacher Is Patient and Consistent", CVPR 2022, section 3.1, for mixed images.
     """
 
     def __init__(
@@ -31,22 +37,39 @@ class Objective:
         teacher: nn.Module | None = None,
         distill_weight: float = 0.0,
         distill_temperature: float = 1.0,
+        distill_mixup: float = 0.0,
     ) -> None:
-        self.label_smoothing = label_smoothing
+        check_mixup(distill_mixup, distill_weight)
+        self.label_smoothing, self.distill_mixup = label_smoothing, distill_mixup
         self.teacher, self.distill_weight = teacher, distill_weight
         self.distill_temperature = distill_temperature
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """(loss, 0-d; logits (B, classes)) of the network in training, called once."""
-        taught = None
+        x, taught = batch.x, None
         if self.teacher is not None:  # before the network: nothing comes between its forward and its backward
+            x = mixed(x, self.distill_mixup) if self.distill_mixup else x
             with torch.no_grad():
-                taught = self.teacher(batch.x)
-        logits = model(batch.x)
+                taught = self.teacher(x)
+        logits = model(x)
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
         if taught is not None:
             loss = torch.lerp(loss, distillation(logits, taught, self.distill_temperature), self.distill_weight)
         return loss, logits
+
+
+def check_mixup(distill_mixup: float, distill_weight: float) -> None:
+    """Raise ``ValueError`` where images would be mixed whose labels count."""
+    if distill_mixup and distill_weight < 1:
+        raise ValueError(
+            f"distill_mixup {distill_mixup}: mixed images have no label; give distill_weight 1, not {distill_weight}"
+        )
+
+
+def mixed(x: Tensor, most: float) -> Tensor:
+    """Each image of a batch (B, …) with the next one mixed into it: (1 − s) x + s x̃, s ~ U(0, most) an image."""
+    shares = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) * most
+    return x.lerp(x.roll(-1, 0), shares.to(x.dtype))
 
 
 def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -12,11 +12,14 @@ from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.quantizer import PARAMETERS
 from apot_fat.training.config import TrainConfig
 
+SMALLEST = 1e-3
+"""What a parameter counts as whose root mean square is less, such as a bias of zeros."""
+
 log = logging.getLogger("apot_fat")
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
-    """Groups for SGD, as published.
+    """Groups for the optimiser, as published.
 
     With ``threshold_groups``: activation thresholds at ``act_alpha_lr``; weight thresholds and FAT's matrices at
     ``weight_alpha_lr``; both with ``alpha_weight_decay``. The rest, or everything without, at ``lr`` and
@@ -44,13 +47,39 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, ob
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD over ``parameter_groups``, fused: one kernel a step, which a flag on the device can tell to do nothing."""
-    optimizer = torch.optim.SGD(parameter_groups(model, config), momentum=config.momentum, fused=True)
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD or Adam over ``parameter_groups``, fused: a flag on the device can tell a step to do nothing.
+
+    Adam has a group a parameter, named as the published group it is of, for ``set_relative_steps``. Its β are
+    ``momentum`` and 0.999; weight decay is decoupled, lr · weight_decay a step.
+
+    Paper: Kingma, Ba, "Adam", ICLR 2015; Loshchilov, Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
+    """
+    groups = parameter_groups(model, config)
+    if config.optimizer == "adam":
+        alone = [{**group, "params": [p]} for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+        return torch.optim.AdamW(alone, betas=(config.momentum, 0.999), fused=True)
+    optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
     if config.momentum:  # PyTorch would take uninitialised memory, and keep it if the first step is left out
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+@torch.no_grad()
+def set_relative_steps(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Make the learning rates of Adam relative to the size of the parameters as they are now; SGD's stay.
+
+    Equation: lr ← lr · max(RMS(θ), 0.001) for a parameter θ: an Adam step of lr moves each by that share of its root
+    mean square. One rate then does for weights of 0.05, scales of 1 and thresholds of 3, as in reconstruction.
+    """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    sizes = [group["params"][0].float().square().mean().sqrt() for group in optimizer.param_groups]
+    for index, size in enumerate(torch.stack(sizes).clamp(min=SMALLEST).tolist()):
+        group = optimizer.param_groups[index]
+        group |= {"size": size, "lr": group["lr"] * size, "initial_lr": group["initial_lr"] * size}
+        schedule.base_lrs[index] *= size
 
 
 def make_schedule(

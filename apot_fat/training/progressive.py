@@ -1,4 +1,4 @@
-"""Progressive bit-width training: each bit-width starts from the best of the one before."""
+"""Progressive bit-width training: each bit-width from the best of the one before, or each from the float network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.training.build import load_config_dataset
+from apot_fat.training.config import FP32_RUN
 from apot_fat.training.device import choose_device
 from apot_fat.training.distributed import gather_objects, launched, process_group
 from apot_fat.training.folder import BEST, RunSummary, summarize
@@ -24,7 +26,9 @@ def train_chain(recipe: Recipe, chain: tuple[int, ...], overrides: dict[str, Any
 
     Args:
         recipe: the recipe.
-        chain: bit-widths in order, such as (32, 4, 3, 2).
+        chain: bit-widths in order, such as (32, 4, 3, 2). Each starts from the one before it, unless the recipe's
+            ``init`` is ``fp32``: that, and a ``teacher`` ``fp32``, is the chain's 32-bit run, or without one where it
+            starts.
         overrides: config values over the recipe's; ``init`` is where the first stage starts.
 
     Returns:
@@ -34,12 +38,17 @@ def train_chain(recipe: Recipe, chain: tuple[int, ...], overrides: dict[str, Any
         ValueError: anything that does not fit; every stage's config is checked before the first begins.
     """
     configs = []
-    init = (overrides or {}).get("init")
+    overrides = overrides or {}
+    start = before = overrides.get("init")
     for bits in chain:
-        values = {**(overrides or {}), **({"init": init} if init else {})}
+        values = {**overrides, **({"init": before} if before else {})}
+        own = {**recipe.base, **recipe.by_bits.get(bits, {})}
+        for name in ("init", "teacher"):  # the float network: the chain's own, or what the chain starts from
+            if own.get(name) == FP32_RUN and name not in overrides.keys() - {"init"}:
+                values[name] = FP32_RUN if FLOAT_BITS in chain else start or FP32_RUN
         config = recipe.config(bits, values)
         configs.append(config)
-        init = str(Path(config.output) / config.run_name / BEST)
+        before = str(Path(config.output) / config.run_name / BEST)
     processes = launched()
     device = choose_device(configs[0].device, configs[0].gpu, processes.local_rank)
     summaries = []

@@ -21,7 +21,6 @@ from apot_fat.data import Dataset
 from apot_fat.training.build import load_config_dataset
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.folder import BEST, LAST, METRICS, run_config
-from apot_fat.training.teacher import teacher_path
 
 _PLACES = {"data": ("data", "test_data"), "init": ("init",), "teacher": ("teacher",)}  # fields that say where it lies
 _FIELDS = {option.name for option in fields(TrainConfig)}
@@ -130,10 +129,10 @@ def checked_sources(
     Raises:
         ValueError: other images, or another teacher, than the run began with; or another start at another place.
     """
-    files = {"init": config.init, "teacher": config.teacher and teacher_path(config, BEST)}
+    files = {name: config.weights_path(getattr(config, name)) for name in ("init", "teacher")}
     now = {} if dataset is None else {"data": dataset.checksum}
     for name, path in files.items():
-        if path not in (None, "none", TORCHVISION) and Path(path).is_file() and name in names:
+        if path not in (None, TORCHVISION) and Path(path).is_file() and name in names:
             now[name] = _network_checksum(path)
     if content is None:
         return now

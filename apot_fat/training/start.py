@@ -36,18 +36,19 @@ def load_initial_weights(model: nn.Module, config: TrainConfig) -> None:
 
     One with another number of classes gives all but the last layer.
     """
-    if config.init in (None, "none"):
+    source = config.weights_path(config.init)
+    if source is None:
         return
-    where = f"checkpoint {config.init}"
-    if config.init == TORCHVISION:
+    where = f"checkpoint {source}"
+    if source == TORCHVISION:
         content: dict[str, Any] = {"state_dict": torchvision_weights(config.arch)}
     else:
-        content = read_checkpoint(str(config.init))
+        content = read_checkpoint(source)
     theirs, ours = num_outputs(content, where), num_outputs(model.state_dict())
     if theirs != ours:
         if config.reconstruct:
             raise ValueError(f"reconstruct {config.reconstruct}: {where} has {theirs} outputs, the data {ours} classes")
-        log.info("%s has %d outputs, the data %d classes: the last layer begins anew", config.init, theirs, ours)
+        log.info("%s has %d outputs, the data %d classes: the last layer begins anew", source, theirs, ours)
     load_weights(model, content, other_bits=True, other_classes=True, label=where)
 
 
@@ -70,26 +71,28 @@ def reconstruct_start(
     """
     if not config.reconstruct or not any(True for _ in threshold_layers(model)):
         return
-    reference = _network_of_init(config, num_classes).to(device)
+    source = config.weights_path(config.init)
+    assert source is not None
+    reference = _network_of_init(config, source, num_classes).to(device)
     if config.channels_last:
         reference.to(memory_format=torch.channels_last)
     batches = unlabelled_images(config, images, config.reconstruct, device)
     reconstruct(model, reference, batches, Reconstruction(seed=config.seed))
-    log.info("reconstructed from %s on %d images", config.init, min(config.reconstruct, len(images)))
+    log.info("reconstructed from %s on %d images", source, min(config.reconstruct, len(images)))
 
 
-def _network_of_init(config: TrainConfig, num_classes: int) -> nn.Module:
+def _network_of_init(config: TrainConfig, source: str, num_classes: int) -> nn.Module:
     # of the modules that the run's network has, at the bits of its own
-    if config.init == TORCHVISION:
+    if source == TORCHVISION:
         content: Any = {"state_dict": torchvision_weights(config.arch)}
     else:
-        content = read_newest(str(config.init), log.warning)
-    theirs = recorded_config(content, f"checkpoint {config.init}")
+        content = read_newest(source, log.warning)
+    theirs = recorded_config(content, f"checkpoint {source}")
     if theirs is None:
         return load_weights(set_bits(create_network(config, num_classes), FLOAT_BITS), content)
     if theirs.normalization() != config.normalization():
         raise ValueError(
-            f"reconstruct {config.reconstruct}: the images of {config.init} are normalised by other means and "
+            f"reconstruct {config.reconstruct}: the images of {source} are normalised by other means and "
             f"standard deviations {theirs.normalization()}: give them as mean and std"
         )
     per_channel = {name: getattr(theirs, name) for name in ("weight_per_channel", "act_per_channel")}

@@ -31,7 +31,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    schedule: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler
     average: WeightAverage | None
 

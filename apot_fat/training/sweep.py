@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from apot_fat.data import Dataset
 from apot_fat.quant.spec import PRESETS, check_bits, nearest
 from apot_fat.training.build import load_config_dataset
-from apot_fat.training.config import TrainConfig
+from apot_fat.training.config import FP32_RUN, TrainConfig
 from apot_fat.training.device import choose_device
 from apot_fat.training.distributed import gather_objects, launched, process_group
 from apot_fat.training.finite import NonFiniteError
@@ -25,7 +25,6 @@ from apot_fat.training.recipe import PUBLISHED, config_path, find_recipe, read_t
 from apot_fat.training.results import ResultRow
 from apot_fat.training.resume import is_finished
 from apot_fat.training.run import train
-from apot_fat.training.teacher import teacher_path
 
 log = logging.getLogger("apot_fat")
 
@@ -61,7 +60,7 @@ class Sweep:
         methods: bit-widths by method, in order, by recipe.
         seeds: of every cell.
         chain: whether each bit-width starts from the best of the one before of the same recipe, method and seed, the
-            first from ``init``; else all start from ``init``.
+            first from ``init``; else, and where ``init`` is ``fp32``, all start from ``init``.
         baseline: the recipe that the others are compared with.
     """
 
@@ -105,7 +104,7 @@ class Sweep:
         output = Path(overrides["output"]) / cell.recipe / cell.method / f"seed{cell.seed}"
         values |= {"preset": cell.method, "bit": cell.bits, "seed": cell.seed, "output": str(output)}
         chain = self.methods[cell.recipe][cell.method]
-        if self.chain and (place := chain.index(cell.bits)):
+        if self.chain and (place := chain.index(cell.bits)) and values.get("init") != FP32_RUN:
             before = f"{values.get('arch', TrainConfig.arch)}_{chain[place - 1]}bit"
             values["init"] = str(output / before / BEST)
         return TrainConfig.from_dict(values, where)
@@ -216,8 +215,8 @@ def run_sweep(
 def _parents(cell: Cell, configs: dict[Cell, TrainConfig]) -> list[Cell]:
     # the cells whose best checkpoint it starts from or learns from
     config = configs[cell]
-    taught = teacher_path(config, BEST) if config.teacher else None
-    places = {Path(path).parent for path in (config.init, taught) if path is not None}
+    paths = map(config.weights_path, (config.init, config.teacher))
+    places = {Path(path).parent for path in paths if path is not None}
     return [other for other, theirs in configs.items() if Path(theirs.output) / theirs.run_name in places]
 
 

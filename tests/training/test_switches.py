@@ -61,7 +61,10 @@ def test_thresholds_are_fitted_on_the_first_batch_of_a_fresh_run(make: Any, tmp_
     assert train(make(threshold_init="mse", bit=32, epochs=1)).bits == 32  # nothing to set
 
 
-def test_the_teacher_is_the_network_its_checkpoint_says(make: Any, tmp_path: Path) -> None:
+def test_the_teacher_is_the_network_its_checkpoint_says(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apot_fat.training.teacher.has_fast_bfloat16", lambda device: False)
     with pytest.raises(ValueError, match=r"distill_weight 0\.5: name the network to distil from with --teacher"):
         make(distill_weight=0.5)
     with pytest.raises(ValueError, match=r"resnet20_32bit/model_best\.pth\.tar: no such file"):
@@ -84,6 +87,21 @@ def test_the_teacher_is_the_network_its_checkpoint_says(make: Any, tmp_path: Pat
     torch.testing.assert_close(plain(x), model(x))
     with pytest.raises(ValueError, match="has 3 outputs, the data 10 classes"):
         load_teacher(student, str(bare), 10, CPU)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_teacher_answers_in_bfloat16_where_that_is_fast(
+    fast: bool, make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apot_fat.training.teacher.has_fast_bfloat16", lambda device: fast)
+    model = create_model("resnet20", bits=32, num_classes=3).eval()
+    write_checkpoint({"state_dict": model.state_dict()}, tmp_path / "bare.pth")
+    teacher = load_teacher(make(distill_weight=1.0, teacher="x"), str(tmp_path / "bare.pth"), 3, CPU)
+    x = torch.randn(8, 3, 8, 8)
+    found, expected = teacher(x), model(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5) != fast
 
 
 def test_the_average_is_what_is_tested_and_kept(make: Any) -> None:
