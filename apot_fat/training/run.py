@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -99,18 +100,21 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
             )
             if processes.is_distributed:
                 log.info("%d processes, %d images a step", processes.world, config.batch_size)
+            begun = time.perf_counter()
             if before is None:
                 set_initial_thresholds(state.model, config, sets.train, device)
                 assert dataset.train is not None
                 if processes.is_first:  # the others take its parameters
                     reconstruct_start(state.model, config, dataset.train, len(dataset.classes), device)
+            start_seconds = time.perf_counter() - begun
             epochs = _Epochs(config, processes, device, sets, state, objective)
             if before is None:
                 set_relative_steps(state.optimizer, state.schedule)
             for epoch in range(len(history), config.epochs):
                 saver = StepSaver(records, state, history, watch, config.checkpoint_every)
                 history.append(epochs.run(epoch, saver, position))
-                position = None
+                history[-1]["seconds"] += start_seconds  # of the first epoch
+                position, start_seconds = None, 0.0
                 records.save(state, history)
                 saver.stop_if_asked()
     return summary_of(folder, config, history)
