@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from apot_fat.checkpoint import output_file
 from apot_fat.command_line import log, make_parser, parse_values, say
 from apot_fat.optional import MissingPackageError
-from apot_fat.reporting import draw_sweep, seeds_table, sweep_table
+from apot_fat.reporting import draw_against_seconds, draw_sweep, seeds_table, sweep_table
 from apot_fat.reporting.sweep import MEASURES
 from apot_fat.training.distributed import launched
 from apot_fat.training.finite import NonFiniteError
@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> None:
         "sweep", nargs="?", metavar="SWEEP", help="what to run, as --config; options given beside it come over it"
     )
     parser.add_argument("--table", metavar="FILE.csv", help="print the tables of stored results and run nothing")
-    parser.add_argument("--figure", metavar="FILE.png", help="with --table: where to draw them")
+    parser.add_argument("--figure", metavar="FILE.png", help="with --table: where to draw the gain over the baseline")
+    parser.add_argument("--seconds", metavar="FILE.png", help="with --table: where to draw accuracy over time")
     parser.add_argument("--baseline", metavar="RECIPE", help="what gains are over (default: the sweep's, or published)")
     parser.add_argument(
         "--by", metavar="MEASURE", default="top1", help=f"{', '.join(MEASURES)}: what the tables show (default: top1)"
@@ -43,12 +44,14 @@ def main(argv: list[str] | None = None) -> None:
     if options.by not in MEASURES:
         raise ValueError(f"--by {options.by!r}: choose one of {', '.join(MEASURES)}")
     if options.table:
-        if options.figure:
-            output_file(options.figure, ".png", options.table)
+        for figure in filter(None, (options.figure, options.seconds)):
+            output_file(figure, ".png", options.table)
         stored, baseline = read_results(options.table), options.baseline or "published"
         print_tables(stored, baseline, options.by)
         if options.figure:
             log.info("figure: %s", draw_sweep(stored, Path(options.figure), baseline, options.by))
+        if options.seconds:
+            log.info("figure: %s", draw_against_seconds(stored, Path(options.seconds), options.by))
         return
     source = options.config or options.sweep
     if not source:
@@ -87,11 +90,12 @@ def show(sweep: Sweep, rows: list[ResultRow], output: Path, options: argparse.Na
     has_baseline = bool(options.baseline) or any(row.recipe == baseline for row in rows)
     print_tables(rows, baseline if has_baseline else None, options.by)
     say(f"\nresults: {output / 'results.csv'}")
-    if has_baseline:
-        try:
+    try:
+        if has_baseline:
             say(f"figure: {draw_sweep(rows, output / 'results.png', baseline, options.by)}")
-        except MissingPackageError as error:  # the results are there all the same
-            log.warning("no figure: %s", error)
+        say(f"figure: {draw_against_seconds(rows, output / 'seconds.png', options.by)}")
+    except MissingPackageError as error:  # the results are there all the same
+        log.warning("no figure: %s", error)
 
 
 def chosen(sweep: Sweep, options: argparse.Namespace) -> Callable[[Cell], bool]:

@@ -4,7 +4,7 @@ from apot_fat.reporting.contents import Report, build_report
 from apot_fat.reporting.cost import CostReport, LayerCost, cost_report
 from apot_fat.reporting.figures import draw_runs
 from apot_fat.reporting.subject import Subject, load_subjects
-from apot_fat.reporting.sweep import draw_sweep, seeds_table, sweep_table
+from apot_fat.reporting.sweep import draw_against_seconds, draw_sweep, seeds_table, sweep_table
 from apot_fat.reporting.table import find_runs, runs_table
 from apot_fat.reporting.write import report
 
@@ -15,6 +15,7 @@ __all__ = [
     "Subject",
     "build_report",
     "cost_report",
+    "draw_against_seconds",
     "draw_runs",
     "draw_sweep",
     "find_runs",

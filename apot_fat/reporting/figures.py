@@ -14,7 +14,8 @@ from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.training.folder import BEST, LAST, RunSummary
 from apot_fat.training.network import open_network
 
-METHOD_COLORS = {"fp32": "#4d4d4d", "apot": "#0072b2", "fat": "#d55e00", "uniform": "#009e73"}  # Okabe–Ito
+METHOD_COLORS = {"fp32": "#4d4d4d", "apot": "#0072b2", "fat": "#d55e00", "uniform": "#009e73"}
+METHOD_COLORS |= {"lsq": "#cc79a7", "pact": "#e69f00"}  # Okabe–Ito
 _BIT_STYLES = {32: "-", 5: (0, (1, 1)), 4: "-", 3: "--", 2: ":"}
 
 

@@ -1,7 +1,8 @@
-"""Tables and the figure of a sweep's results."""
+"""Tables and the figures of a sweep's results."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -151,11 +152,46 @@ def draw_sweep(rows: Sequence[ResultRow], path: Path, baseline: str = "published
     return path
 
 
+def draw_against_seconds(rows: Sequence[ResultRow], path: Path, measure: str = "top1") -> Path:
+    """Draw accuracy over the seconds of a run: a panel a bit-width, a colour a method, a marker a recipe.
+
+    Points are means over the seeds, bars their standard deviation.
+
+    Returns:
+        The path of the PNG.
+    """
+    with needed_for("drawing a sweep"):
+        from matplotlib.figure import Figure
+
+    cells = summaries(rows, measure)
+    widths = sorted({bits for _, _, bits in cells}, reverse=True)
+    markers = dict(zip(_recipes(rows), itertools.cycle("osD^vP*X"), strict=False))
+    height = max(3.8, 0.4 + 0.2 * len({(recipe, method) for recipe, method, _ in cells}))
+    figure = Figure(figsize=(2.5 + 2.8 * len(widths), height), dpi=110, layout="constrained")
+    panels = dict(zip(widths, figure.subplots(1, len(widths), squeeze=False)[0], strict=True))
+    entries: dict[str, Any] = {}
+    for (recipe, method, bits), cell in cells.items():
+        style = {"color": _color(method), "marker": markers[recipe], "linestyle": "none", "markersize": 6}
+        drawn = panels[bits].errorbar(cell.seconds, cell.mean, yerr=cell.deviation or 0.0, elinewidth=0.9, **style)
+        entries.setdefault(f"{recipe}, {method}", drawn)
+    for bits, axes in panels.items():
+        axes.set(title=f"{bits} bits", xlabel="seconds a run", ylabel=f"{measure}, %" if bits == widths[0] else None)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=9, loc="outside right center")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
+    return path
+
+
+def _color(method: str) -> str:
+    return METHOD_COLORS.get(method.split("-")[0], "#cc79a7")
+
+
 def _style(column: Column) -> dict[str, Any]:
     method, bits = column
     marker = {32: "*", 5: "D", 4: "s", 3: "o", 2: "^"}.get(bits, "v")
-    color = METHOD_COLORS.get(method.split("-")[0], "#cc79a7")
-    return {"color": color, "marker": marker, "linestyle": "none", "markersize": 5, "elinewidth": 0.9}
+    return {"color": _color(method), "marker": marker, "linestyle": "none", "markersize": 5, "elinewidth": 0.9}
 
 
 def _recipes(rows: Sequence[ResultRow]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.training.build import load_config_dataset
-from apot_fat.training.config import FP32_RUN
+from apot_fat.training.config import FP32_RUN, TrainConfig
 from apot_fat.training.device import choose_device
 from apot_fat.training.distributed import gather_objects, launched, process_group
 from apot_fat.training.folder import BEST, RunSummary, summarize
@@ -17,6 +17,23 @@ from apot_fat.training.resume import is_finished
 from apot_fat.training.run import train
 
 log = logging.getLogger("apot_fat")
+
+
+def chain_configs(recipe: Recipe, chain: tuple[int, ...], overrides: dict[str, Any] | None = None) -> list[TrainConfig]:
+    """The run of each stage of a chain, see ``train_chain``."""
+    configs: list[TrainConfig] = []
+    overrides = overrides or {}
+    start = before = overrides.get("init")
+    for bits in chain:
+        values = {**overrides, **({"init": before} if before else {})}
+        own = {**recipe.base, **recipe.by_bits.get(bits, {})}
+        for name in ("init", "teacher"):  # the float network: the chain's own, or what the chain starts from
+            if own.get(name) == FP32_RUN and name not in overrides.keys() - {"init"}:
+                values[name] = FP32_RUN if FLOAT_BITS in chain else start or FP32_RUN
+        config = recipe.config(bits, values)
+        configs.append(config)
+        before = str(Path(config.output) / config.run_name / BEST)
+    return configs
 
 
 def train_chain(recipe: Recipe, chain: tuple[int, ...], overrides: dict[str, Any] | None = None) -> list[RunSummary]:
@@ -37,18 +54,7 @@ def train_chain(recipe: Recipe, chain: tuple[int, ...], overrides: dict[str, Any
     Raises:
         ValueError: anything that does not fit; every stage's config is checked before the first begins.
     """
-    configs = []
-    overrides = overrides or {}
-    start = before = overrides.get("init")
-    for bits in chain:
-        values = {**overrides, **({"init": before} if before else {})}
-        own = {**recipe.base, **recipe.by_bits.get(bits, {})}
-        for name in ("init", "teacher"):  # the float network: the chain's own, or what the chain starts from
-            if own.get(name) == FP32_RUN and name not in overrides.keys() - {"init"}:
-                values[name] = FP32_RUN if FLOAT_BITS in chain else start or FP32_RUN
-        config = recipe.config(bits, values)
-        configs.append(config)
-        before = str(Path(config.output) / config.run_name / BEST)
+    configs = chain_configs(recipe, chain, overrides)
     processes = launched()
     device = choose_device(configs[0].device, configs[0].gpu, processes.local_rank)
     summaries = []

@@ -21,7 +21,7 @@ from apot_fat.training.device import choose_device
 from apot_fat.training.distributed import gather_objects, launched, process_group
 from apot_fat.training.finite import NonFiniteError
 from apot_fat.training.folder import BEST, RunSummary, summarize
-from apot_fat.training.recipe import PUBLISHED, config_path, find_recipe, read_toml
+from apot_fat.training.recipe import PUBLISHED, config_path, find_recipe, read_recipe, read_toml
 from apot_fat.training.results import ResultRow
 from apot_fat.training.resume import is_finished
 from apot_fat.training.run import train
@@ -50,9 +50,9 @@ class Cell(NamedTuple):
 class Sweep:
     """A sweep file.
 
-    Values come in this order, the later over the earlier: the recipe file under ``configs/`` that a recipe names with
-    ``config``, ``[base]``, ``[bits.N]``, ``[methods.NAME]``, ``[recipes.NAME]``, ``[recipes.NAME.bits.N]``, the command
-    line.
+    Values come in this order, the later over the earlier: the recipe file that a recipe names with ``config``
+    (``published`` or ``ours``, a name of ``list_recipes`` or a path), ``[base]``, ``[bits.N]``, ``[methods.NAME]``,
+    ``[recipes.NAME]``, ``[recipes.NAME.bits.N]``, the command line.
 
     Args:
         path: where it was read from.
@@ -97,7 +97,7 @@ class Sweep:
         values = {key: value for layer in (*layers, own_bits.get(bits, {}), overrides) for key, value in layer.items()}
         if source is not None:
             arch, data = values.get("arch", TrainConfig.arch), values.get("data", TrainConfig.data)
-            found = find_recipe(data, arch, cell.method, source)
+            found = read_recipe(source) if "/" in source else find_recipe(data, arch, cell.method, source)
             if found is None:
                 raise ValueError(f"{where}: no recipe {source!r} for {arch} on {data} under configs/")
             values = {**found.base, **found.by_bits.get(cell.bits, {}), **values}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from apot_fat.reporting import draw_sweep, seeds_table, sweep_table
+from apot_fat.reporting import draw_against_seconds, draw_sweep, seeds_table, sweep_table
 from apot_fat.training.results import ResultRow, read_results, write_results
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
@@ -45,6 +45,7 @@ def test_tables_are_those_of_the_stored_results(rows: list[ResultRow], tmp_path:
     write_results(rows, tmp_path / "again.csv")
     assert (tmp_path / "again.csv").read_text() == STORED
     assert draw_sweep(rows, tmp_path / "results.png").stat().st_size > 1000
+    assert draw_against_seconds(rows, tmp_path / "seconds.png").stat().st_size > 1000
 
 
 def test_the_published_tables_are_those_of_the_stored_results() -> None:

@@ -67,6 +67,7 @@ def test_a_sweep_runs_what_is_not_finished_and_its_tables_come_from_its_csv(run:
     ]
     assert all(row["seed"] == "0" and row["epochs"] == "1" and float(row["seconds"]) > 0 for row in rows)
     assert Path("out/results.png").is_file()
+    assert Path("out/seconds.png").is_file()
     code, stored, err = run("sweep.py", "--table", "out/results.csv")
     assert (code, err) == (0, "")
     assert stored in out
@@ -98,7 +99,9 @@ def test_every_cell_of_the_stored_sweeps_is_a_run(path: Path) -> None:
     sweep = read_sweep(path)
     for word in ("command:", "hardware:", "time:", "expected:", "source:"):
         assert f"\n# {word}" in path.read_text()
-    named = {"teacher": "teacher.pth", "init": "init.pth"} if path.stem in ("cifar10_ablation", "cifar10_budget") else {}
+    named = (
+        {"teacher": "teacher.pth", "init": "init.pth"} if path.stem in ("cifar10_ablation", "cifar10_budget") else {}
+    )
     overrides = {"output": "out", **named}
     configs = [sweep.config(cell, overrides) for cell in sweep.cells]
     assert len({(config.output, config.run_name) for config in configs}) == len(configs)
