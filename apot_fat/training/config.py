@@ -119,7 +119,7 @@ class TrainConfig:
     )
     distill_temperature: float = _option(4.0, "T of the distillation", above=0, high=1000)
     distill_mixup: float = _option(
-        0.0, "distil on images mixed in pairs: the most that another image has in one, 0 for none", low=0, high=1
+        0.0, "share of the images that are mixed with another before both networks see them", low=0, high=1
     )
     ema_decay: float = _option(
         0.0,

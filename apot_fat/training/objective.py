@@ -13,15 +13,15 @@ class Objective:
     """The loss of a batch.
 
     Equation: L = (1 − w) · CE + w · KD: the mean cross entropy with smoothed labels, (1 − ε) 1[k = y] + ε / K for class
-    k of K, and ``distillation``. With ``distill_mixup`` m both networks see (1 − s) x + s x̃ in place of an image x, x̃
-    the next of the batch and s ~ U(0, m): the network is to be the teacher's function between the images too.
+    k of K, and ``distillation``. With ``distill_mixup`` both networks see (1 − s) x + s x̃ in place of a share of the
+    images, x̃ the next of the batch and s ~ U(0, 1): the network is to be the teacher's function between the images too.
 
     Args:
         label_smoothing: ε of the cross entropy, [0, 1).
         teacher: the network distilled from, in evaluation mode; or None.
         distill_weight: w, [0, 1].
         distill_temperature: T, > 0.
-        distill_mixup: m, [0, 1]; 0 for none. Its random numbers are the process's.
+        distill_mixup: share of the images that are mixed, [0, 1]. Its random numbers are the process's.
 
     Raises:
         ValueError: ``distill_mixup`` with w < 1.
@@ -66,10 +66,10 @@ def check_mixup(distill_mixup: float, distill_weight: float) -> None:
         )
 
 
-def mixed(x: Tensor, most: float) -> Tensor:
-    """Each image of a batch (B, …) with the next one mixed into it: (1 − s) x + s x̃, s ~ U(0, most) an image."""
-    shares = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) * most
-    return x.lerp(x.roll(-1, 0), shares.to(x.dtype))
+def mixed(x: Tensor, share: float) -> Tensor:
+    """That share of the images of a batch (B, …), chosen at random, become (1 − s) x + s x̃, s ~ U(0, 1), x̃ the next."""
+    chosen, shares = torch.rand(2, len(x), *[1] * (x.dim() - 1), device=x.device)
+    return x.lerp(x.roll(-1, 0), (shares * (chosen < share)).to(x.dtype))
 
 
 def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

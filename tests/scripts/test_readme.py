@@ -40,6 +40,7 @@ EXCEPTED = {
     "resnet56": "as the one before it with other settings; tests/training/test_recipes.py trains two steps",
     "vggsmall": "a large network; tests/training/test_recipes.py trains two steps",
     "cifar10_full": "CIFAR-10 at full length; tests/scripts/test_sweep.py runs it tiny",
+    "speedrun": "CIFAR-10 from nothing; tests/training/test_progressive.py runs it on digits",
     "apot_res20_3bit": "a download; tests/checkpoint/test_released.py serves it from this machine",
     "gcc": "tests/scripts/test_export_c.py compiles C",
     "qemu": "tests/integer/test_processors.py runs C there",
