@@ -50,7 +50,7 @@ def test_a_sweep_runs_what_is_not_finished_and_its_tables_come_from_its_csv(run:
     code, out, err = run(*line, "--seeds", 0, "--recipes", "ours")
     assert (code, err) == (0, "")
     assert [row["recipe"] for row in results()] == ["ours"] * 3
-    assert "figure:" not in out  # no gain over what has not been run
+    assert "results.png" not in out  # no gain over what has not been run
     four = Path("out/ours/apot-cifar/seed0/resnet20_4bit") / LAST
     config = read_checkpoint(four)["config"]
     assert config["init"] == "out/ours/apot-cifar/seed0/resnet20_32bit/model_best.pth.tar"
