@@ -31,7 +31,7 @@ Run = Callable[..., tuple[int, str, str]]
 # stands in for CIFAR-10 and hundreds of epochs: added, with a few random images, to commands that name no data
 SMALL: dict[str, tuple[object, ...]] = {
     "train.py": ("--epochs", 1, "-b", 16),
-    "progressive.py": ("--epochs", 1, "-b", 16, "--bits", "4,3"),
+    "progressive.py": ("--epochs", 1, "-b", 16, "--bits", "4,3", "--reconstruct", 0),
 }
 SMALL["quantize.py"] = ("--images", 2, "--steps", 1, "--joint-steps", 1)
 EXCEPTED = {
