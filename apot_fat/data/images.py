@@ -216,10 +216,10 @@ class ImageBatches(PlannedBatches):
             flips_N = torch.rand(count, generator=generator).to(device) < (0.5 if self.augmentation.flip else 0.0)
         order_N = order_N.to(device)
         for parts in _together(self.plan.slices(start), max(1, AT_ONCE // self.images_NHWC[0].numel())):
-            places = torch.cat([torch.arange(part.start, part.stop, device=device) for part, _, _ in parts])
-            images_BHWC, labels = self.images_NHWC[order_N[places]], self.labels_N[order_N[places]]
+            indices = torch.cat([order_N[part] for part, _, _ in parts])
+            images_BHWC, labels = self.images_NHWC[indices], self.labels_N[indices]
             if self.augmentation is not None and offsets_N2 is not None and flips_N is not None:
-                offsets, flips = offsets_N2[places], flips_N[places]
+                offsets, flips = (torch.cat([values[part] for part, _, _ in parts]) for values in (offsets_N2, flips_N))
                 images_BHWC = crop_and_flip(images_BHWC, self.augmentation.padding, offsets, flips)
             x = normalize(images_BHWC, self.mean, self.std).permute(0, 3, 1, 2)
             x = x if self.channels_last else x.contiguous()

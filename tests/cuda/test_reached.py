@@ -25,7 +25,9 @@ from apot_fat.models.registry import LayerMaker
 from apot_fat.quant import fit_threshold, level_set, preset
 from apot_fat.quant.fast import layer_output
 from apot_fat.training.build import make_batches
+from apot_fat.training.objective import mixed
 from apot_fat.training.optim import make_optimizer
+from apot_fat.training.teacher import _InBfloat16
 from tests.cuda import works
 from tests.fake_cuda import DEVICE, FakeCuda
 
@@ -148,6 +150,8 @@ def tour(folder: Path, patch: pytest.MonkeyPatch) -> None:
     works.training(DEVICE, "resnet20", "fat-cifar", weight_per_channel=True)
     works.training(DEVICE, "resnet20", "apot-cifar", act_per_channel=True)
     fit_threshold(torch.rand(9, device=DEVICE), level_set("apot", 3), signed=False)
+    x = torch.rand(4, 3, 8, 8, device=DEVICE)
+    _InBfloat16(works.network(DEVICE, "resnet20", "apot-cifar", 32).eval(), DEVICE)(mixed(x, 0.5))
     with patch.context() as patched:
         patched.setattr(layer_output, "REMEMBER_ELEMENTS", 0)
         run = works.config("resnet20", "apot-imagenet-pot", batch_size=4)
