@@ -63,7 +63,7 @@ def make_parser(description: str) -> OneLineParser:
         "--recipe",
         metavar="NAME",
         default=PUBLISHED,
-        help="which packaged recipe where --config names none: published or ours (default: published)",
+        help="which packaged recipe where --config names none: published, ours or short (default: published)",
     )
     group = parser.add_argument_group("run (each is a TOML key of the same name)")
     for option in fields(TrainConfig):

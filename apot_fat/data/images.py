@@ -215,7 +215,7 @@ class ImageBatches(PlannedBatches):
             offsets_N2 = torch.randint(0, 2 * self.augmentation.padding + 1, (count, 2), generator=generator).to(device)
             flips_N = torch.rand(count, generator=generator).to(device) < (0.5 if self.augmentation.flip else 0.0)
         order_N = order_N.to(device)
-        for parts in _together(self.plan.slices(start), max(1, AT_ONCE // self.images_NHWC[0].numel())):
+        for parts in _together(self.plan.slices(start), AT_ONCE // self.images_NHWC[0].numel()):
             indices = torch.cat([order_N[part] for part, _, _ in parts])
             images_BHWC, labels = self.images_NHWC[indices], self.labels_N[indices]
             if self.augmentation is not None and offsets_N2 is not None and flips_N is not None:

@@ -174,10 +174,10 @@ class TrainConfig:
         elif self.preset not in PRESETS:
             hint = nearest(self.preset, PRESETS)
             raise ValueError(f"preset {self.preset!r}{hint}: choose one of {', '.join(PRESETS)}")
-        if self.distill_weight and self.teacher is None:
+        if self.distill_weight and self.weights_path(self.teacher) is None:
             raise ValueError(f"distill_weight {self.distill_weight}: name the network to distil from with --teacher")
         check_mixup(self.distill_mixup, self.distill_weight)
-        if self.reconstruct and self.init in (None, "none"):
+        if self.reconstruct and self.weights_path(self.init) is None:
             raise ValueError(f"reconstruct {self.reconstruct}: name the network to come close to with --init")
         for name in ("mean", "std"):
             value = getattr(self, name)

@@ -9,11 +9,9 @@ import torch
 from torch import nn
 
 from apot_fat.quant.all_layers import threshold_layers
+from apot_fat.quant.convert.reconstruction import parameter_sizes
 from apot_fat.quant.quantizer import PARAMETERS
 from apot_fat.training.config import TrainConfig
-
-SMALLEST = 1e-3
-"""What a parameter counts as whose root mean square is less, such as a bias of zeros."""
 
 log = logging.getLogger("apot_fat")
 
@@ -66,20 +64,19 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return optimizer
 
 
-@torch.no_grad()
 def set_relative_steps(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
     """Make the learning rates of Adam relative to the size of the parameters as they are now; SGD's stay.
 
-    Equation: lr ← lr · max(RMS(θ), 0.001) for a parameter θ: an Adam step of lr moves each by that share of its root
-    mean square. One rate then does for weights of 0.05, scales of 1 and thresholds of 3, as in reconstruction.
+    Equation: lr ← lr · max(RMS(θ), 0.001) for a parameter θ (``parameter_sizes``): an Adam step of lr moves each by
+    that share of its root mean square. One rate then does for weights of 0.05, scales of 1 and thresholds of 3, as in
+    reconstruction.
     """
     if not isinstance(optimizer, torch.optim.AdamW):
         return
-    sizes = [group["params"][0].float().square().mean().sqrt() for group in optimizer.param_groups]
-    for index, size in enumerate(torch.stack(sizes).clamp(min=SMALLEST).tolist()):
-        group = optimizer.param_groups[index]
+    sizes = parameter_sizes([group["params"][0] for group in optimizer.param_groups])
+    for group, size in zip(optimizer.param_groups, sizes, strict=True):
         group |= {"size": size, "lr": group["lr"] * size, "initial_lr": group["initial_lr"] * size}
-        schedule.base_lrs[index] *= size
+    schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
 
 
 def make_schedule(

@@ -142,7 +142,7 @@ def read_sweep(source: str | os.PathLike[str]) -> Sweep:
         _check_fields({k: v for k, v in recipe.items() if k not in ("methods", "bits", "config")}, place)
         methods[name] = _methods(recipe if "methods" in recipe else grid, place)
         if not isinstance(recipe.get("config", ""), str):
-            raise ValueError(f"{place}: config {recipe['config']!r}: expected the name of a recipe, published or ours")
+            raise ValueError(f"{place}: config {recipe['config']!r}: expected the name of a recipe, such as ours")
     seeds, baseline, chain = grid.get("seeds", [0]), grid.get("baseline", PUBLISHED), grid.get("chain", False)
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise ValueError(f"{where}: seeds {seeds!r}: expected a list of integers from 0 up")

@@ -65,8 +65,9 @@ def test_the_teacher_is_the_network_its_checkpoint_says(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("apot_fat.training.teacher.has_fast_bfloat16", lambda device: False)
-    with pytest.raises(ValueError, match=r"distill_weight 0\.5: name the network to distil from with --teacher"):
-        make(distill_weight=0.5)
+    for none in (None, "none"):
+        with pytest.raises(ValueError, match=r"distill_weight 0\.5: name the network to distil from with --teacher"):
+            make(distill_weight=0.5, teacher=none)
     with pytest.raises(ValueError, match=r"resnet20_32bit/model_best\.pth\.tar: no such file"):
         make_objective(make(distill_weight=0.5, teacher="fp32"), 3, CPU)
     recorded = train(make(arch="resnet_20", bit=32, epochs=1)).folder / BEST

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -249,7 +249,7 @@ class _Tuner:
         parameters = list(dict.fromkeys(p for module in modules for p in _tuned(module)))
         with torch.no_grad():
             before, worst = [p.clone() for p in parameters], error()
-            sizes = torch.stack([p.float().square().mean().sqrt().clamp(min=_SMALLEST) for p in parameters]).tolist()
+            sizes = parameter_sizes(parameters)
         groups = [{"params": [p], "lr": lr * size} for p, size in zip(parameters, sizes, strict=True)]
         optimizer = torch.optim.Adam(groups, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
@@ -271,6 +271,11 @@ class _Tuner:
                 for p, value in zip(parameters, before, strict=True):
                     p.copy_(value)
                 error()
+
+
+def parameter_sizes(parameters: Sequence[Tensor]) -> list[float]:
+    """The root mean square of each, at least ``_SMALLEST`` (a bias of zeros); read back from the device once."""
+    return torch.stack([p.detach().float().square().mean().sqrt() for p in parameters]).clamp(min=_SMALLEST).tolist()
 
 
 def _mixed(inputs: Inputs, exact: Inputs, share: float) -> Inputs:
