@@ -23,6 +23,7 @@ from apot_fat.integer.values import Array, Builder, Value, grid_step
 from apot_fat.quant.integers import integer_input, integer_weight, shift_terms
 from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.quantizer import Quantizer
+from apot_fat.quant.tracing import trace
 from apot_fat.quant.units import threshold_in_use
 
 FEWEST_GRID_BITS, MOST_GRID_BITS = 8, 26
@@ -78,7 +79,7 @@ def integer_program(
     means, stds = np.asarray(mean, np.float64), np.asarray(std, np.float64)
     normalization = 1 / (255 * stds), -means / stds
     with torch.no_grad():
-        traced = tracing.trace(network)
+        traced = trace(network)
         seen = tracing.look_at(traced, images)
         builder = Builder(tuple(pixels.shape[1:]), grid_bits, accumulator_bits)
         lowering = _Lowering(traced, seen, builder, normalization)

@@ -137,6 +137,9 @@ class TrainConfig:
         "same --output; `none`",
         "--pretrained",
     )
+    balance_filters: bool = _option(
+        False, "negate filters of a float --init until the mean that weight normalisation takes from a layer is near 0"
+    )
     reconstruct: int = _option(
         0, "training images on which the start is tuned, block by block, to give what --init gives; 0 for none", low=0
     )
@@ -179,6 +182,8 @@ class TrainConfig:
         check_mixup(self.distill_mixup, self.distill_weight)
         if self.reconstruct and self.weights_path(self.init) is None:
             raise ValueError(f"reconstruct {self.reconstruct}: name the network to come close to with --init")
+        if self.balance_filters and self.weights_path(self.init) is None:
+            raise ValueError("balance_filters: name the float network with --init")
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None and len(value) != 3:

@@ -19,7 +19,7 @@ from apot_fat.checkpoint import (
 )
 from apot_fat.data import Batches, FileSet, ImageSet
 from apot_fat.quant.all_layers import set_bits, threshold_layers
-from apot_fat.quant.convert import Reconstruction, reconstruct
+from apot_fat.quant.convert import Reconstruction, balance_filters, reconstruct
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.quant.thresholds import initialize_thresholds
 from apot_fat.training.build import unlabelled_images
@@ -49,6 +49,8 @@ def load_initial_weights(model: nn.Module, config: TrainConfig) -> None:
         if config.reconstruct:
             raise ValueError(f"reconstruct {config.reconstruct}: {where} has {theirs} outputs, the data {ours} classes")
         log.info("%s has %d outputs, the data %d classes: the last layer begins anew", source, theirs, ours)
+    if config.balance_filters:
+        content = {"state_dict": _network_of_init(config, source, theirs).state_dict()}
     load_weights(model, content, other_bits=True, other_classes=True, label=where)
 
 
@@ -88,15 +90,18 @@ def _network_of_init(config: TrainConfig, source: str, num_classes: int) -> nn.M
     else:
         content = read_newest(source, log.warning)
     theirs = recorded_config(content, f"checkpoint {source}")
-    if theirs is None:
-        return load_weights(set_bits(create_network(config, num_classes), FLOAT_BITS), content)
-    if theirs.normalization() != config.normalization():
-        raise ValueError(
-            f"reconstruct {config.reconstruct}: the images of {source} are normalised by other means and "
-            f"standard deviations {theirs.normalization()}: give them as mean and std"
-        )
-    per_channel = {name: getattr(theirs, name) for name in ("weight_per_channel", "act_per_channel")}
-    made = replace(config, preset=theirs.preset, **per_channel)
-    if theirs.bit != FLOAT_BITS:
-        return load_weights(create_network(replace(made, bit=theirs.bit), num_classes), content)
-    return load_weights(set_bits(create_network(made, num_classes), FLOAT_BITS), content)
+    made = config
+    if theirs is not None:
+        if config.reconstruct and theirs.normalization() != config.normalization():
+            raise ValueError(
+                f"reconstruct {config.reconstruct}: the images of {source} are normalised by other means and "
+                f"standard deviations {theirs.normalization()}: give them as mean and std"
+            )
+        per_channel = {name: getattr(theirs, name) for name in ("weight_per_channel", "act_per_channel")}
+        made = replace(config, preset=theirs.preset, **per_channel)
+        if theirs.bit != FLOAT_BITS:
+            if config.balance_filters:
+                raise ValueError(f"balance_filters: {source} has {theirs.bit} bits; name a float network with --init")
+            return load_weights(create_network(replace(made, bit=theirs.bit), num_classes), content)
+    model = load_weights(set_bits(create_network(made, num_classes), FLOAT_BITS), content)
+    return balance_filters(model) if config.balance_filters else model

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from apot_fat import (
     Reconstruction,
     allocate_bits,
+    balance_filters,
     clipping_table,
     cost_report,
     dequantize,
@@ -219,7 +220,7 @@ def conversion(device: torch.device, folder: Path, method: str) -> Found:
 
 def reconstruction(device: torch.device, folder: Path, method: str) -> Found:
     """Bits chosen, a network quantized and tuned to the float one, and a run that begins so."""
-    model = network(device, "resnet20", "apot-cifar", 32).eval()
+    model = balance_filters(network(device, "resnet20", "apot-cifar", 32).eval())
     write_checkpoint({"state_dict": on_cpu(model.state_dict())}, folder / "fp32.pth.tar")
     run = config("resnet20", "apot-cifar", bit=3, init=str(folder / "fp32.pth.tar"), reconstruct=8)
     few = images(run.arch)

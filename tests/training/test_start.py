@@ -116,3 +116,23 @@ def test_what_cannot_be_is_said(fp32: RunSummary, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="normalised by other means"):
         train(other)
     assert train(config(fp32, tmp_path, bit=32, epochs=1, reconstruct=64)).bits == 32  # nothing to tune
+
+
+def test_filters_are_balanced_before_a_start(fp32: RunSummary, tmp_path: Path) -> None:
+    teacher = {"teacher": str(fp32.folder / BEST), "distill_weight": 1.0, "distill_temperature": 16.0}
+
+    def distance(name: str, **values: Any) -> float:
+        run = train(config(fp32, tmp_path / name, **STILL, **teacher, **values))
+        return float(read_checkpoint(run.folder / LAST)["history"][0]["train_loss"])
+
+    balanced = {"balance_filters": True}
+    assert distance("8", bit=8, **balanced) < distance("plain", bit=8)  # means of weights are most of it
+    assert distance("tuned", bit=2, **balanced, reconstruct=256) < distance("2", bit=2, **balanced)
+
+
+def test_filters_of_a_quantized_start_are_not_balanced(fp32: RunSummary, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="balance_filters: name the float network with --init"):
+        TrainConfig(balance_filters=True)
+    three = train(config(fp32, tmp_path, epochs=1))
+    with pytest.raises(ValueError, match="balance_filters: .* has 3 bits; name a float network with --init"):
+        train(config(three, tmp_path / "again", bit=2, balance_filters=True))

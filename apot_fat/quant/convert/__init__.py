@@ -2,6 +2,7 @@
 
 from apot_fat.quant.convert.allocation import AllocatedLayer, Allocation, allocate_bits
 from apot_fat.quant.convert.conversion import Conversion, ConvertedLayer
+from apot_fat.quant.convert.filters import balance_filters
 from apot_fat.quant.convert.layer import convert_layer, dequantize, fold_weight
 from apot_fat.quant.convert.network import quantize
 from apot_fat.quant.convert.plan import METHODS
@@ -15,6 +16,7 @@ __all__ = [
     "ConvertedLayer",
     "Reconstruction",
     "allocate_bits",
+    "balance_filters",
     "convert_layer",
     "dequantize",
     "fold_weight",

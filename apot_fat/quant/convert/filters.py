@@ -1,0 +1,83 @@
+"""Filters negated in front of batch norms, so that normalising a layer's weight changes little of what it computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor, fx, nn
+
+from apot_fat.quant.convert.norms import BatchNorm
+from apot_fat.quant.layers import AnyQuantized
+from apot_fat.quant.spec import FLOAT_BITS
+from apot_fat.quant.tracing import trace
+
+_LAYERS = nn.Conv1d | nn.Conv2d | nn.Linear
+
+
+@torch.no_grad()
+def balance_filters(model: nn.Module) -> nn.Module:
+    """Negate filters of a float network until the weights of each layer have a mean near 0, in place.
+
+    A normalised weight (``weight_norm`` ``standardize`` or ``center``) loses its mean over the layer, and the output
+    that times the sum of each patch, which no batch norm brings back. A filter whose output goes into a batch norm
+    alone may have the other sign, and the mean may so be had for nothing.
+
+    Equation: signs s_o, one a filter, with Σ_o s_o m_o near 0, m_o the mean of filter o: each in turn, the largest |m_o|
+    first, takes the sign that brings the sum nearer to 0. Then w_o ← s_o w_o, b_o ← s_o b_o, and in the norm running
+    mean and γ ← s_o times theirs: BN(−y) = BN(y), to the bit.
+
+    Args:
+        model: a network that is not quantized yet, or at 32 bits. Quantized layers, those whose output goes elsewhere
+            too, and those called more than once stay as they are.
+
+    Returns:
+        The model: the same function, in training and evaluation.
+
+    Raises:
+        ValueError: ``torch.fx`` cannot trace it.
+    """
+    graph = trace(model).graph
+    calls = Counter(id(p) for node in graph.nodes for p in _parameters(model, node))
+    for node in graph.nodes:
+        layer, norm = _called(model, node), _only_reader(model, node)
+        if not isinstance(layer, _LAYERS) or not isinstance(norm, BatchNorm) or _is_quantized(layer):
+            continue
+        if norm.weight is None or norm.running_mean is None or calls[id(layer.weight)] > 1 or calls[id(norm.weight)] > 1:
+            continue
+        signs = _balancing_signs(layer.weight.flatten(1).double().mean(1)).to(layer.weight)
+        layer.weight.mul_(signs.view(-1, *[1] * (layer.weight.dim() - 1)))
+        for values in (layer.bias, norm.running_mean, norm.weight):
+            if values is not None:
+                values.mul_(signs)
+    return model
+
+
+def _balancing_signs(means: Tensor) -> Tensor:
+    signs, total = [1.0] * len(means), 0.0
+    values = means.tolist()
+    for place in sorted(range(len(values)), key=lambda o: -abs(values[o])):
+        if abs(total - values[place]) < abs(total + values[place]):
+            signs[place] = -1.0
+        total += signs[place] * values[place]
+    return torch.tensor(signs)
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    return isinstance(layer, AnyQuantized) and layer.spec.weight_bits != FLOAT_BITS
+
+
+def _called(model: nn.Module, node: fx.Node) -> nn.Module | None:
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _only_reader(model: nn.Module, node: fx.Node) -> nn.Module | None:
+    return _called(model, next(iter(node.users))) if len(node.users) == 1 else None
+
+
+def _parameters(model: nn.Module, node: fx.Node) -> list[nn.Parameter]:
+    called = _called(model, node)
+    if called is not None:
+        return list(called.parameters())
+    read = dict(model.named_parameters(remove_duplicate=False)).get(str(node.target)) if node.op == "get_attr" else None
+    return [] if read is None else [read]
