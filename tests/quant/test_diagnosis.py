@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from apot_fat.quant import QuantConv2d, QuantLinear, preset
+from apot_fat.quant import ALPHA_FLOOR, QuantConv2d, QuantLinear, initialize_thresholds, preset
 from apot_fat.quant.diagnosis import odd_layers
 from apot_fat.quant.measure import measure_inputs
 
@@ -48,3 +48,18 @@ def test_looking_leaves_frozen_modules_frozen() -> None:
     odd_layers(net, torch.randn(2, 3, 8, 8))
     measure_inputs(net, torch.randn(2, 3, 8, 8))
     assert [module.training for module in net] == [True, False]
+
+
+def test_a_dead_filter_is_in_order() -> None:
+    net = nn.Sequential(QuantConv2d(3, 4, 3, spec=preset("apot-cifar", weight_per_channel=True)))
+    layer, x = net[0], torch.rand(2, 3, 8, 8)
+    assert isinstance(layer, QuantConv2d)
+    with torch.no_grad():
+        layer.weight[1] = 0
+        layer.weight[0] -= 4 * layer.weight.mean()  # so that the layer's mean is 0, and the dead filter stays so
+        initialize_thresholds(net, x)
+        assert layer.weight_alpha is not None
+        assert layer.weight_alpha[1] <= ALPHA_FLOOR
+        assert odd_layers(net, x) == []
+        layer.weight_alpha[2] = 0
+    assert odd_layers(net, x) == ["0: its weight threshold is at its floor: lower weight_alpha_lr"]

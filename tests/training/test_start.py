@@ -134,5 +134,5 @@ def test_filters_of_a_quantized_start_are_not_balanced(fp32: RunSummary, tmp_pat
     with pytest.raises(ValueError, match="balance_filters: name the float network with --init"):
         TrainConfig(balance_filters=True)
     three = train(config(fp32, tmp_path, epochs=1))
-    with pytest.raises(ValueError, match="balance_filters: .* has 3 bits; name a float network with --init"):
+    with pytest.raises(ValueError, match=r"balance_filters: .* has 3 bits; name a float network with --init"):
         train(config(three, tmp_path / "again", bit=2, balance_filters=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,7 +13,7 @@ from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.quant.tracing import trace
 
-_LAYERS = nn.Conv1d | nn.Conv2d | nn.Linear
+_Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 
 
 @torch.no_grad()
@@ -21,11 +22,11 @@ def balance_filters(model: nn.Module) -> nn.Module:
 
     A normalised weight (``weight_norm`` ``standardize`` or ``center``) loses its mean over the layer, and the output
     that times the sum of each patch, which no batch norm brings back. A filter whose output goes into a batch norm
-    alone may have the other sign, and the mean may so be had for nothing.
+    alone may as well have the other sign, and with the right half of them negated there is no mean to lose.
 
-    Equation: signs s_o, one a filter, with Σ_o s_o m_o near 0, m_o the mean of filter o: each in turn, the largest |m_o|
-    first, takes the sign that brings the sum nearer to 0. Then w_o ← s_o w_o, b_o ← s_o b_o, and in the norm running
-    mean and γ ← s_o times theirs: BN(−y) = BN(y), to the bit.
+    Equation: signs s_o, one a filter, with Σ_o s_o m_o near 0, m_o the mean of filter o: each in turn, that of the
+    largest |m_o| first, is the one that brings the sum nearer to 0. Then w_o ← s_o w_o, b_o ← s_o b_o, and in the norm
+    running mean and γ ← s_o times theirs: what it gives stays the same, to the bit.
 
     Args:
         model: a network that is not quantized yet, or at 32 bits. Quantized layers, those whose output goes elsewhere
@@ -37,14 +38,7 @@ def balance_filters(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: ``torch.fx`` cannot trace it.
     """
-    graph = trace(model).graph
-    calls = Counter(id(p) for node in graph.nodes for p in _parameters(model, node))
-    for node in graph.nodes:
-        layer, norm = _called(model, node), _only_reader(model, node)
-        if not isinstance(layer, _LAYERS) or not isinstance(norm, BatchNorm) or _is_quantized(layer):
-            continue
-        if norm.weight is None or norm.running_mean is None or calls[id(layer.weight)] > 1 or calls[id(norm.weight)] > 1:
-            continue
+    for layer, norm in list(_layers_with_norms(model)):
         signs = _balancing_signs(layer.weight.flatten(1).double().mean(1)).to(layer.weight)
         layer.weight.mul_(signs.view(-1, *[1] * (layer.weight.dim() - 1)))
         for values in (layer.bias, norm.running_mean, norm.weight):
@@ -54,8 +48,8 @@ def balance_filters(model: nn.Module) -> nn.Module:
 
 
 def _balancing_signs(means: Tensor) -> Tensor:
-    signs, total = [1.0] * len(means), 0.0
-    values = means.tolist()
+    values, total = means.tolist(), 0.0
+    signs = [1.0] * len(values)
     for place in sorted(range(len(values)), key=lambda o: -abs(values[o])):
         if abs(total - values[place]) < abs(total + values[place]):
             signs[place] = -1.0
@@ -63,19 +57,28 @@ def _balancing_signs(means: Tensor) -> Tensor:
     return torch.tensor(signs)
 
 
-def _is_quantized(layer: nn.Module) -> bool:
-    return isinstance(layer, AnyQuantized) and layer.spec.weight_bits != FLOAT_BITS
+def _layers_with_norms(model: nn.Module) -> Iterator[tuple[_Layer, BatchNorm]]:
+    # each float layer whose output goes into one batch norm and nowhere else, both called once
+    nodes = trace(model).graph.nodes
+    uses = Counter(id(parameter) for node in nodes for parameter in _parameters(model, node))
+    for node in nodes:
+        layer, norm = _called(model, node), _called(model, next(iter(node.users))) if len(node.users) == 1 else None
+        if not isinstance(layer, _Layer) or not isinstance(norm, BatchNorm):
+            continue
+        if isinstance(layer, AnyQuantized) and layer.spec.weight_bits != FLOAT_BITS:
+            continue
+        if norm.weight is None or norm.running_mean is None:
+            continue
+        if uses[id(layer.weight)] == uses[id(norm.weight)] == 1:
+            yield layer, norm
 
 
 def _called(model: nn.Module, node: fx.Node) -> nn.Module | None:
     return model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _only_reader(model: nn.Module, node: fx.Node) -> nn.Module | None:
-    return _called(model, next(iter(node.users))) if len(node.users) == 1 else None
-
-
 def _parameters(model: nn.Module, node: fx.Node) -> list[nn.Parameter]:
+    # those of the module that a node calls, or the one that it reads
     called = _called(model, node)
     if called is not None:
         return list(called.parameters())

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apot_fat.models import create_model
 from apot_fat import balance_filters
+from apot_fat.models import create_model
 
 
 def trained(model: nn.Module, *shape: int) -> nn.Module:
