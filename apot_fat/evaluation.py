@@ -92,7 +92,8 @@ def evaluate_released(name: str, *, model: str | None = None, cache: str | None 
         ValueError: as ``evaluate``, and as ``fetch_released``.
     """
     entry, path = fetch_released(name, cache)
-    log.info("%s: %s top-1 %.2f%%", entry.name, "recorded" if entry.file else "published", entry.top1)
+    of = f" on {entry.images}" if entry.images else ""
+    log.info("%s: %s top-1 %.2f%%%s", entry.name, "recorded" if entry.file else "published", entry.top1, of)
     known: dict[str, Any] = {"arch": entry.arch, "preset": entry.preset, "bit": entry.bits}
     if entry.data:
         known["data"] = entry.data

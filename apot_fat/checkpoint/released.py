@@ -36,6 +36,7 @@ class Released:
         page: where a person finds it.
         file: ours: the packed file beside the manifest.
         data: the images of ``top1``; empty for those of the papers.
+        images: which of them, where ``top1`` is of fewer than all test images.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Released:
     page: str = ""
     file: str = ""
     data: str = ""
+    images: str = ""
 
 
 def read_manifest(path: Path = MANIFEST) -> dict[str, Released]:

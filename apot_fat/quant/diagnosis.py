@@ -11,6 +11,9 @@ from apot_fat.quant.normalization import CONSTANT
 from apot_fat.quant.units import ALPHA_FLOOR
 from apot_fat.quant.watching import evaluation_mode, watch_inputs
 
+_DEAD = 10 * ALPHA_FLOOR
+"""The largest normalised weight of a filter that has none to speak of."""
+
 
 @torch.no_grad()
 def odd_layers(model: nn.Module, x: Tensor) -> list[str]:
@@ -20,7 +23,7 @@ def odd_layers(model: nn.Module, x: Tensor) -> list[str]:
     - An input without a value above 0 (signed quantizers: without any but 0) is quantized to 0 throughout: the output
       is the bias, and the activation threshold gets no gradient.
     - A threshold at or below ``ALPHA_FLOOR`` is used as the floor: all of the weight or input is clipped to about 0.
-      Filters that lie below it themselves, as dead ones do, are in order.
+      Filters of no more than ten times that, as dead ones are, are in order.
 
     Args:
         model: any network; left as it is, its mode and statistics too.
@@ -50,7 +53,7 @@ def _reasons(layer: AnyQuantized, x: Tensor) -> list[str]:
             reasons.append("its weight is constant and quantized to 0")
         sizes = layer.transformed_weight().abs()
         largest = sizes.flatten(1).amax(1) if layer.weight_alpha.dim() else sizes.amax()
-        if ((layer.weight_alpha <= ALPHA_FLOOR) & (largest > ALPHA_FLOOR)).any():
+        if ((layer.weight_alpha <= ALPHA_FLOOR) & (largest > _DEAD)).any():
             reasons.append("its weight threshold is at its floor: lower weight_alpha_lr")
     if layer.act_alpha is not None and layer.act_quantizer is not None:
         negatives = layer.act_quantizer.keeps_negatives
