@@ -54,10 +54,12 @@ class Awkward(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("twice", "read", "split", "plain", "unscaled", "unseen"):
-            self.add_module(name, nn.Conv2d(4, 4, 3, padding=1))
-            self.add_module(f"{name}_norm", nn.BatchNorm2d(4, affine=name != "unscaled"))
-        self.unseen_norm = nn.BatchNorm2d(4, track_running_stats=False)
+        self.twice, self.twice_norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.read, self.read_norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.split, self.split_norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.plain = nn.Conv2d(4, 4, 3, padding=1)
+        self.unscaled, self.unscaled_norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4, affine=False)
+        self.unseen, self.unseen_norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4, track_running_stats=False)
         self.shared_norm = nn.BatchNorm2d(4)
         self.one, self.two = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
         self.fine, self.fine_norm = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
