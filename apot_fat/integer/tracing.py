@@ -1,4 +1,4 @@
-"""A network as ``torch.fx`` sees it: its graph, what reaches each node on images, and what kind of node it is."""
+"""The nodes of a network's graph: what reaches each on images, and of what kind it is."""
 
 from __future__ import annotations
 

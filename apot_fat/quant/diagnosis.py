@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.normalization import CONSTANT
-from apot_fat.quant.units import ALPHA_FLOOR
+from apot_fat.quant.units import ALPHA_FLOOR, along_rows
 from apot_fat.quant.watching import evaluation_mode, watch_inputs
 
 _DEAD = 10 * ALPHA_FLOOR
@@ -51,9 +51,8 @@ def _reasons(layer: AnyQuantized, x: Tensor) -> list[str]:
         w = layer.weight
         if spec.weight_norm in ("standardize", "center") and w.numel() > 1 and w.std() <= CONSTANT * w.mean().abs():
             reasons.append("its weight is constant and quantized to 0")
-        sizes = layer.transformed_weight().abs()
-        largest = sizes.flatten(1).amax(1) if layer.weight_alpha.dim() else sizes.amax()
-        if ((layer.weight_alpha <= ALPHA_FLOOR) & (largest > _DEAD)).any():
+        low = layer.weight_alpha <= ALPHA_FLOOR
+        if low.any() and (along_rows(low, w.dim()) & (layer.transformed_weight().abs() > _DEAD)).any():
             reasons.append("its weight threshold is at its floor: lower weight_alpha_lr")
     if layer.act_alpha is not None and layer.act_quantizer is not None:
         negatives = layer.act_quantizer.keeps_negatives

@@ -14,7 +14,6 @@ from apot_fat.checkpoint import (
     load_weights,
     num_outputs,
     read_checkpoint,
-    read_newest,
     torchvision_weights,
 )
 from apot_fat.data import Batches, FileSet, ImageSet
@@ -40,17 +39,14 @@ def load_initial_weights(model: nn.Module, config: TrainConfig) -> None:
     if source is None:
         return
     where = f"checkpoint {source}"
-    if source == TORCHVISION:
-        content: dict[str, Any] = {"state_dict": torchvision_weights(config.arch)}
-    else:
-        content = read_checkpoint(source)
+    content = _content_of_init(config, source)
     theirs, ours = num_outputs(content, where), num_outputs(model.state_dict())
     if theirs != ours:
         if config.reconstruct:
             raise ValueError(f"reconstruct {config.reconstruct}: {where} has {theirs} outputs, the data {ours} classes")
         log.info("%s has %d outputs, the data %d classes: the last layer begins anew", source, theirs, ours)
     if config.balance_filters:
-        content = {"state_dict": _network_of_init(config, source, theirs).state_dict()}
+        content = {"state_dict": _network_of_init(config, source, content, theirs).state_dict()}
     load_weights(model, content, other_bits=True, other_classes=True, label=where)
 
 
@@ -75,7 +71,7 @@ def reconstruct_start(
         return
     source = config.weights_path(config.init)
     assert source is not None
-    reference = _network_of_init(config, source, num_classes).to(device)
+    reference = _network_of_init(config, source, _content_of_init(config, source), num_classes).to(device)
     if config.channels_last:
         reference.to(memory_format=torch.channels_last)
     batches = unlabelled_images(config, images, config.reconstruct, device)
@@ -83,14 +79,14 @@ def reconstruct_start(
     log.info("reconstructed from %s on %d images", source, min(config.reconstruct, len(images)))
 
 
-def _network_of_init(config: TrainConfig, source: str, num_classes: int) -> nn.Module:
+def _content_of_init(config: TrainConfig, source: str) -> dict[str, Any]:
+    return {"state_dict": torchvision_weights(config.arch)} if source == TORCHVISION else read_checkpoint(source)
+
+
+def _network_of_init(config: TrainConfig, source: str, content: dict[str, Any], num_classes: int) -> nn.Module:
     # of the modules that the run's network has, at the bits of its own
-    if source == TORCHVISION:
-        content: Any = {"state_dict": torchvision_weights(config.arch)}
-    else:
-        content = read_newest(source, log.warning)
     theirs = recorded_config(content, f"checkpoint {source}")
-    made = config
+    made, bits = config, FLOAT_BITS
     if theirs is not None:
         if config.reconstruct and theirs.normalization() != config.normalization():
             raise ValueError(
@@ -98,10 +94,10 @@ def _network_of_init(config: TrainConfig, source: str, num_classes: int) -> nn.M
                 f"standard deviations {theirs.normalization()}: give them as mean and std"
             )
         per_channel = {name: getattr(theirs, name) for name in ("weight_per_channel", "act_per_channel")}
-        made = replace(config, preset=theirs.preset, **per_channel)
-        if theirs.bit != FLOAT_BITS:
-            if config.balance_filters:
-                raise ValueError(f"balance_filters: {source} has {theirs.bit} bits; name a float network with --init")
-            return load_weights(create_network(replace(made, bit=theirs.bit), num_classes), content)
-    model = load_weights(set_bits(create_network(made, num_classes), FLOAT_BITS), content)
-    return balance_filters(model) if config.balance_filters else model
+        made, bits = replace(config, preset=theirs.preset, **per_channel), theirs.bit
+    if bits == FLOAT_BITS:
+        model = load_weights(set_bits(create_network(made, num_classes), FLOAT_BITS), content)
+        return balance_filters(model) if config.balance_filters else model
+    if config.balance_filters:
+        raise ValueError(f"balance_filters: {source} has {bits} bits; name a float network with --init")
+    return load_weights(create_network(replace(made, bit=bits), num_classes), content)

@@ -12,6 +12,7 @@ from apot_fat.quant.convert.norms import BatchNorm
 from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.quant.tracing import trace
+from apot_fat.quant.units import along_rows
 
 _Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 
@@ -37,10 +38,12 @@ def balance_filters(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: ``torch.fx`` cannot trace it.
+
+    Paper: APoT, "Weight Normalization", is what makes it useful; neither paper does it.
     """
-    for layer, norm in list(_layers_with_norms(model)):
+    for layer, norm in _layers_with_norms(model):
         signs = _balancing_signs(layer.weight.flatten(1).double().mean(1)).to(layer.weight)
-        layer.weight.mul_(signs.view(-1, *[1] * (layer.weight.dim() - 1)))
+        layer.weight.mul_(along_rows(signs, layer.weight.dim()))
         for values in (layer.bias, norm.running_mean, norm.weight):
             if values is not None:
                 values.mul_(signs)
