@@ -48,7 +48,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     python("-m", "hatchling", "build", "-t", "sdist", "-d", folder, cwd=ROOT)
     (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # from Python 3.11.4 on
+        archive.extractall(folder)
     unpacked = folder / sdist.name.removesuffix(".tar.gz")
     python("-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=unpacked)
     (wheel,) = folder.glob("*.whl")
