@@ -73,10 +73,11 @@ def evaluate(checkpoint: str | Path, *, model: str | None = None, cache: str | N
         network.to(memory_format=torch.channels_last)
     for sentence in odd_layers(network, sample_images(config, dataset.test, device)):
         log.warning("%s", sentence)
-    mode = given.get("compile", "auto")  # not as it was trained: one pass does not earn back a whole graph
+    # neither is as it was trained: one pass does not earn back a whole graph, and rounded products change classes
+    mode, amp = given.get("compile", "auto"), given.get("amp", "off")
     compiled = network if mode == "auto" else compile_network(network, mode, device)
     batches = make_batches(config, dataset.test, device)
-    result = loop.evaluate(compiled, batches, amp=config.amp, log=log.info, print_freq=config.print_freq)
+    result = loop.evaluate(compiled, batches, amp=amp, log=log.info, print_freq=config.print_freq)
     log.info(" * Prec %.3f%%", result.top1)
     log.info("%d of %d images correct (%s, test)", result.correct, result.total, dataset.name)
     return Evaluation(**vars(result), dataset=dataset.name, config=config, model=network)

@@ -146,14 +146,14 @@ class TrainConfig:
     seed: int = _option(0, "of weights, order and augmentation", low=0, high=2**31)
     device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:N")
     gpu: str | None = _option(None, "CUDA device numbers, as published: 0 or 0,1", "-id")
-    amp: str = _option("off", "mixed precision; auto: bf16 on GPUs that multiply it fast", choices=AMP_TYPES)
+    amp: str = _option("off", "training's mixed precision; auto: bf16 on GPUs that multiply it fast", choices=AMP_TYPES)
     compile: str = _option(
         "auto",
-        "what is compiled; auto: on CUDA the network if a run has 3,000 batches, on a CPU quantizers of large tensors",
+        "what is compiled; auto: the network if a run has 3,000 batches, else on a CPU quantizers of large tensors",
         choices=COMPILE_MODES,
     )
     numerics: str = _option(
-        "fast", "on CUDA: fast (TF32, measured algorithms), or the same bits every time", choices=NUMERICS
+        "fast", "on CUDA: fast (TF32 in training, measured algorithms), or the same bits every time", choices=NUMERICS
     )
     channels_last: bool = _option(True, "memory format of images and weights")
     sync_bn: bool = _option(False, "batch norm over the images of all processes")

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from apot_fat.data.sharding import Batch, Batches, batches_since
-from apot_fat.training.device import amp_dtype
+from apot_fat.training.device import amp_dtype, float32_products
 from apot_fat.training.distributed import sum_over_processes
 from apot_fat.training.finite import FiniteGuard
 from apot_fat.training.objective import Objective
@@ -204,6 +204,7 @@ def _nothing() -> None:
 
 
 @torch.inference_mode()
+@float32_products()
 def evaluate(
     model: nn.Module,
     batches: Batches,
@@ -215,9 +216,12 @@ def evaluate(
 ) -> Result:
     """Loss and accuracy of a model in evaluation mode, each image counted once; the model's mode is restored.
 
+    On CUDA without TF32, whatever ``set_numerics`` chose: the result is the CPU's but for what float32's own rounding
+    moves.
+
     Args:
         model: the network itself, without ``DistributedDataParallel``: processes may see different numbers of batches.
-        amp: ``off``, ``auto``, ``bf16`` or ``fp16``.
+        amp: ``off``, or the mixed precision to evaluate in: ``auto``, ``bf16`` or ``fp16``.
         log: takes the published line every ``print_freq`` batches.
         after_batch: called after each; what it raises ends the pass.
     """

@@ -210,9 +210,9 @@ class _Epochs:
         if state.average is not None:
             with autocast(self.device, config.amp):
                 averaging_seconds = state.average.estimate_batch_norm(self.sets.train, config.bn_batches)
-        options: dict[str, Any] = {"amp": config.amp, "after_batch": saver.after_test_batch}
-        tested = evaluate(self.tested, self.sets.test, log=say, print_freq=config.print_freq, **options)
-        held_out = None if self.sets.val is None else evaluate(self.tested, self.sets.val, **options)
+        tests = partial(evaluate, self.tested, after_batch=saver.after_test_batch)  # in float32, as what is shipped
+        tested = tests(self.sets.test, log=say, print_freq=config.print_freq)
+        held_out = None if self.sets.val is None else tests(self.sets.val)
         log.info(" * Prec %.3f%%", tested.top1)
         if self.processes.is_first:  # it alone logs
             self.warn(epoch, odd_layers(state.tested, self.sets.sample))

@@ -98,7 +98,7 @@ def training(device: torch.device, arch: str, preset: str, **values: Any) -> Fou
     keep_thresholds_positive(model)
     with autocast(device, run.amp):
         average.estimate_batch_norm(batches, 2)
-    tested = evaluate(average.model, make_batches(run, few, device), amp=run.amp)
+    tested = evaluate(average.model, make_batches(run, few, device))
     return {
         "results": [(result.loss, result.correct, result.total) for result in (trained, tested)],
         "steps": average.steps,

@@ -217,7 +217,7 @@ class Trial:
                 opened.config, load_config_dataset(opened.config, need_train=False).test, torch.device("cpu")
             )
             model = opened.model.to(memory_format=torch.channels_last)
-            alone = evaluate(model, batches, amp=opened.config.amp).top1
+            alone = evaluate(model, batches).top1
             history = opened.content["history"]
             assert alone == history[-1]["test_top1"] == rows[len(history) - 1]["test_top1"], name
 

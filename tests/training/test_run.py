@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from apot_fat import evaluate
 from apot_fat.checkpoint import load_weights, read_checkpoint, write_checkpoint
 from apot_fat.models import create_model
 from apot_fat.quant import QuantConv2d
@@ -107,6 +109,19 @@ def test_any_text_of_a_config_comes_back_from_its_file(tiny_npz: tuple[Path, Pat
 def test_training_learns(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
     summary = train(tiny(tiny_npz, tmp_path, bit=32, epochs=6, schedule="onecycle", lr=0.1))
     assert summary.best == 100
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_what_a_run_records_is_what_its_checkpoint_gives_in_float32(
+    tiny_npz: tuple[Path, Path], tmp_path: Path, amp: str
+) -> None:
+    config = tiny(tiny_npz, tmp_path, amp=amp, epochs=2)
+    summary = train(config)
+    found = evaluate(tmp_path / config.run_name / LAST)
+    row = json.loads((tmp_path / config.run_name / METRICS).read_text().splitlines()[-1])
+    assert (found.top1, found.loss) == (summary.last, row["test_loss"])
+    in_bfloat16 = evaluate(tmp_path / config.run_name / LAST, amp="bf16")
+    assert in_bfloat16.loss != found.loss
 
 
 def test_a_checkpoint_says_what_it_was_computed_with(
