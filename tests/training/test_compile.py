@@ -71,16 +71,17 @@ def test_stages_of_a_chain_do_not_use_up_the_compilers_limit(monkeypatch: pytest
                 model(torch.randn(size, 3, 4, 4))
 
 
-def test_on_cuda_auto_is_the_whole_network_replayed_where_gradients_are_not_added_up(compilations: list[Any]) -> None:
+def test_auto_is_the_whole_network_on_cuda_replayed_where_gradients_are_not_added_up(compilations: list[Any]) -> None:
     assert isinstance(compile_network(network(), "auto", CPU), nn.Sequential)
     for cuda_graphs in (True, False):
         compiled = compile_network(network(), "auto", GPU, cuda_graphs=cuda_graphs)
         assert type(compiled).__name__ == "_CompiledNetwork"
         expected = inductor_options("cuda") | ({"triton.cudagraphs": True} if cuda_graphs else {})
         assert compilations.pop() == expected
-    short = compile_network(network(), "auto", GPU, batches=training_compile.AUTO_BATCHES - 1)
-    assert isinstance(short, nn.Sequential)
-    assert not isinstance(compile_network(network(), "auto", GPU, batches=training_compile.AUTO_BATCHES), nn.Sequential)
+    enough = training_compile.AUTO_BATCHES
+    for device in (CPU, GPU):
+        assert isinstance(compile_network(network(), "auto", device, batches=enough - 1), nn.Sequential)
+        assert not isinstance(compile_network(network(), "auto", device, batches=enough), nn.Sequential)
     assert not isinstance(compile_network(network(), "model", GPU, batches=1), nn.Sequential)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(seam.speed, "compiler_works", lambda device_type: False)
