@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from tqdm.auto import tqdm
 
 from apot_fat.quant import seam
 from apot_fat.quant.seam import set_kernels
@@ -74,11 +78,10 @@ class _CompiledNetwork(nn.Module):
         self.announced: set[tuple[bool, torch.Size]] = set()
 
     def forward(self, x: Tensor) -> Tensor:
-        self._announce(x)
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         try:
-            with seam.speed.kept_weights(self.model):
+            with self._announced(x), seam.speed.kept_weights(self.model):
                 return cast(Tensor, self.graph(x))
         except TorchDynamoException as error:
             if not self.may_fall_back:
@@ -87,10 +90,36 @@ class _CompiledNetwork(nn.Module):
             self.cuda_graphs, self.graph = False, self.model
             return cast(Tensor, self.model(x))
 
-    def _announce(self, x: Tensor) -> None:
+    @contextmanager
+    def _announced(self, x: Tensor) -> Iterator[None]:
         # a minute without a sign of life is long; PyTorch keeps what it compiled on disk
         graph = self.model.training, x.shape
-        if graph not in self.announced and self.graph is not self.model:
-            self.announced.add(graph)
-            purpose, shape = "training" if self.model.training else "evaluation", " × ".join(map(str, x.shape))
-            log.info("compiling the network for %s on %s: up to minutes the first time, less the next", purpose, shape)
+        if graph in self.announced or self.graph is self.model:
+            yield
+            return
+        self.announced.add(graph)
+        purpose, shape = "training" if self.model.training else "evaluation", " × ".join(map(str, x.shape))
+        log.info("compiling the network for %s on %s: up to minutes the first time, less the next", purpose, shape)
+        with _clock(f"compiling for {purpose}"):
+            yield
+
+
+@contextmanager
+def _clock(what: str, every: float = 1.0) -> Iterator[None]:
+    # on a terminal counts the seconds of a call that says nothing itself
+    ended = threading.Event()
+    with tqdm(desc=what, bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar:
+
+        def tick() -> None:
+            while not ended.wait(every):
+                bar.refresh()
+
+        ticking = None if bar.disable else threading.Thread(target=tick, daemon=True)
+        if ticking is not None:
+            ticking.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if ticking is not None:
+                ticking.join()

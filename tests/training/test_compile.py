@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import io
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,6 +91,21 @@ def test_auto_is_the_whole_network_on_cuda_replayed_where_gradients_are_not_adde
         assert isinstance(compile_network(network(), "auto", GPU), nn.Sequential)
         with pytest.raises(ValueError, match="compile 'model': no working compiler for cuda"):
             compile_network(network(), "model", GPU)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_is_shown_the_seconds_that_compiling_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr("sys.stderr", stream)
+        threads = threading.active_count()
+        with training_compile._clock("compiling for training", every=0.01):
+            time.sleep(1.1)
+        assert threading.active_count() <= threads + 1  # tqdm's own may have begun
+        assert ("compiling for training: 00:01" in stream.getvalue()) is shown
 
 
 class Prints(nn.Module):
