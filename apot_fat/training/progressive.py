@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,34 @@ def chain_configs(recipe: Recipe, chain: tuple[int, ...], overrides: dict[str, A
     """The run of each stage of a chain, see ``train_chain``."""
     configs: list[TrainConfig] = []
     overrides = overrides or {}
-    start = before = overrides.get("init")
+    before = None
     for bits in chain:
-        values = {**overrides, **({"init": before} if before else {})}
         own = {**recipe.base, **recipe.by_bits.get(bits, {})}
-        for name in ("init", "teacher"):  # the float network: the chain's own, or what the chain starts from
-            if own.get(name) == FP32_RUN and name not in overrides.keys() - {"init"}:
-                values[name] = FP32_RUN if FLOAT_BITS in chain else start or FP32_RUN
-        config = recipe.config(bits, values)
+        config = recipe.config(bits, {**overrides, **stage_sources(own, overrides, chain, before)})
         configs.append(config)
         before = str(Path(config.output) / config.run_name / BEST)
     return configs
+
+
+def stage_sources(
+    own: Mapping[str, Any], overrides: Mapping[str, Any], widths: Sequence[int], before: str | None
+) -> dict[str, str]:
+    """Where a stage's ``init`` and ``teacher`` come from, if not from its recipe.
+
+    Args:
+        own: the recipe's values for the stage.
+        overrides: what comes over them.
+        widths: bit-widths that are trained into the same folder. Of a recipe's ``fp32`` the 32-bit one is meant, or
+            without one ``init``.
+        before: the checkpoint of the stage before, if it starts from that.
+    """
+    start: str | None = overrides.get("init")
+    first = before or start
+    sources = {} if first is None else {"init": first}
+    for name in ("init", "teacher"):
+        if own.get(name) == FP32_RUN and name not in overrides.keys() - {"init"}:
+            sources[name] = FP32_RUN if FLOAT_BITS in widths else start or FP32_RUN
+    return sources
 
 
 def train_chain(recipe: Recipe, chain: tuple[int, ...], overrides: dict[str, Any] | None = None) -> list[RunSummary]:

@@ -16,11 +16,12 @@ from tqdm.auto import tqdm
 from apot_fat.data import Dataset
 from apot_fat.quant.spec import PRESETS, check_bits, nearest
 from apot_fat.training.build import load_config_dataset
-from apot_fat.training.config import FP32_RUN, TrainConfig
+from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device
 from apot_fat.training.distributed import gather_objects, launched, process_group
 from apot_fat.training.finite import NonFiniteError
 from apot_fat.training.folder import BEST, RunSummary, summarize
+from apot_fat.training.progressive import stage_sources
 from apot_fat.training.recipe import PUBLISHED, config_path, find_recipe, read_recipe, read_toml
 from apot_fat.training.results import ResultRow
 from apot_fat.training.resume import is_finished
@@ -91,22 +92,23 @@ class Sweep:
         where = f"sweep {self.path}: {cell}"
         recipe = {key: value for key, value in self.content["recipes"][cell.recipe].items() if key != "methods"}
         own_bits, source = recipe.pop("bits", {}), recipe.pop("config", None)
-        widths, by_method = self.content.get("bits", {}), self.content.get("methods", {})
+        by_bits, by_method = self.content.get("bits", {}), self.content.get("methods", {})
         bits = str(cell.bits)
-        layers = (self.content.get("base", {}), widths.get(bits, {}), by_method.get(cell.method, {}), recipe)
-        values = {key: value for layer in (*layers, own_bits.get(bits, {}), overrides) for key, value in layer.items()}
+        layers = (self.content.get("base", {}), by_bits.get(bits, {}), by_method.get(cell.method, {}), recipe)
+        values = {key: value for layer in (*layers, own_bits.get(bits, {})) for key, value in layer.items()}
+        named = {**values, **overrides}
+        arch, data = named.get("arch", TrainConfig.arch), named.get("data", TrainConfig.data)
         if source is not None:
-            arch, data = values.get("arch", TrainConfig.arch), values.get("data", TrainConfig.data)
             found = read_recipe(source) if "/" in source else find_recipe(data, arch, cell.method, source)
             if found is None:
                 raise ValueError(f"{where}: no recipe {source!r} for {arch} on {data} under configs/")
             values = {**found.base, **found.by_bits.get(cell.bits, {}), **values}
         output = Path(overrides["output"]) / cell.recipe / cell.method / f"seed{cell.seed}"
+        widths, before = self.methods[cell.recipe][cell.method], None
+        if self.chain and (place := widths.index(cell.bits)):
+            before = str(output / f"{arch}_{widths[place - 1]}bit" / BEST)
+        values |= overrides | stage_sources(values, overrides, widths, before)
         values |= {"preset": cell.method, "bit": cell.bits, "seed": cell.seed, "output": str(output)}
-        chain = self.methods[cell.recipe][cell.method]
-        if self.chain and (place := chain.index(cell.bits)) and values.get("init") != FP32_RUN:
-            before = f"{values.get('arch', TrainConfig.arch)}_{chain[place - 1]}bit"
-            values["init"] = str(output / before / BEST)
         return TrainConfig.from_dict(values, where)
 
 

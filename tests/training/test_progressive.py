@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from apot_fat.checkpoint import read_checkpoint
 from apot_fat.training import read_recipe, train_chain
 from apot_fat.training.folder import LAST
 from apot_fat.training.progressive import chain_configs
-from apot_fat.training.sweep import read_sweep
+from apot_fat.training.sweep import Cell, read_sweep
 
 BEST = "model_best.pth.tar"
 
@@ -47,6 +48,12 @@ def test_the_sweep_of_the_speed_run_is_its_recipe_five_times() -> None:
         config = sweep.config(cell, {"output": "out"})
         folder = f"out/speedrun/apot-cifar/seed{cell.seed}"
         assert config == recipe.config(cell.bits, {"output": folder, "seed": cell.seed})
+    # each starts from the float network, whether the chain trains one or not
+    own = sweep.config(Cell("speedrun", "apot-cifar", 3, 0), {"output": "out", "init": "float.pth"})
+    assert (own.init, own.teacher) == ("fp32", "fp32")
+    without = replace(sweep, methods={"speedrun": {"apot-cifar": [4, 3]}})
+    given = without.config(Cell("speedrun", "apot-cifar", 3, 0), {"output": "out", "init": "float.pth"})
+    assert (given.init, given.teacher) == ("float.pth", "float.pth")
 
 
 @pytest.mark.slow
