@@ -50,6 +50,11 @@ class Request:
         values = {**self.implied, **self.given, "bit": bit}
         return self.recipe.config(bit, values) if self.recipe else TrainConfig.from_dict(values, "command line")
 
+    def say_recipe(self) -> None:
+        """Log which packaged recipe was found for a command line that names none."""
+        if self.recipe and not self.options.config:
+            log.info("recipe: %s", recipe_name(self.recipe.path))
+
 
 def make_parser(description: str) -> OneLineParser:
     """A parser with one option for every field of ``TrainConfig``, and ``--config``."""
@@ -111,8 +116,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> Req
     recipe = find_recipe(data, arch, preset, options.recipe)
     if recipe is None and options.recipe != PUBLISHED:
         raise ValueError(f"--recipe {options.recipe!r}: configs/ has none for {arch} with {preset} on {data}")
-    if recipe:
-        log.info("recipe: %s", recipe_name(recipe.path))
     return Request(given, implied, recipe, options)
 
 

@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     request = parse(parser, argv)
     if request.recipe is None:
         raise ValueError("no recipe for this network, data set and method under configs/: name one with --config")
+    request.say_recipe()
     bits = request.options.bits
     chain = request.recipe.chain if bits is None else _parse_chain(bits)
     given = {name: value for name, value in request.given.items() if name != "bit"}

@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     if request.options.evaluate or request.options.test_only or request.options.released:
         evaluate_request(request)
         return
+    request.say_recipe()
     if request.options.use_pretrain and "init" not in request.given:
         request.given["init"] = str(next_higher_checkpoint(request.config()))
     resume = request.options.resume

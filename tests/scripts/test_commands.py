@@ -120,3 +120,4 @@ def test_a_checkpoint_is_exported_and_evaluated(command: Command) -> None:
     code, out, err = command("evaluate", "--released", "digits_resnet20_apot_3bit")
     assert (code, err) == (0, "")
     assert "358 of 360 images correct (digits, test)" in out
+    assert "recipe: " not in out  # none has a part in it
