@@ -105,9 +105,10 @@ def byte_product(
 
     Gradient: none.
     """
-    codes, nan = pointwise(activation_codes, (x,), (alpha,), act.levels, act.clip, into=torch.uint8)
+    (codes,) = pointwise(activation_codes, (x,), (alpha,), act.levels, act.clip, into=torch.uint8)
     y = _product(codes, weight, bias, conv)
-    if torch.compiler.is_compiling() or nan.isnan():  # bytes have no NaN
+    # bytes have no NaN; a sum of its own takes a fifth of the time that one takes in the pass before
+    if torch.compiler.is_compiling() or x.sum().isnan():
         y = y + _nan_of_each(x, conv)
     return y if conv is None or weight.channels_last or _is_channels_last(x) else y.contiguous()
 

@@ -27,17 +27,14 @@ def activation_forward_with_codes(x: Tensor, alpha: Tensor, levels: LevelSet, cl
     return (q * alpha_used).to(x.dtype), _codes_of(q, levels)
 
 
-def activation_codes(x: Tensor, alpha: Tensor, levels: LevelSet, clip: InputClip) -> tuple[Tensor, Tensor]:
-    """The numerators of ``quantize_activation``'s levels as bytes, for ``has_codes``; and 0, but NaN if x holds one."""
+def activation_codes(x: Tensor, alpha: Tensor, levels: LevelSet, clip: InputClip) -> Tensor:
+    """The numerators of ``quantize_activation``'s levels as bytes, for ``has_codes``; of NaN any byte."""
     u = in_units(x, alpha)[1]
     if torch.compiler.is_compiling() and not levels.is_uniform and not levels.is_pot:
-        return search(u, levels).to(torch.uint8), torch.where(u != u, u, 0).sum()
+        return search(u, levels).to(torch.uint8)
     if not torch.compiler.is_compiling() and levels.has_table:
-        u = u.clamp_(0, 1)
-        nan = u.sum() * 0.0
-        return codes_from_table(u, levels), nan
-    q = project_input(u, levels, clip)
-    return _codes_of(q, levels), q.sum() * 0.0  # of an integer 0 PyTorch 2.11 knows the product, of NaN too
+        return codes_from_table(u.clamp_(0, 1), levels)
+    return _codes_of(project_input(u, levels, clip), levels)
 
 
 def activation_from_codes(codes: Tensor, alpha: Tensor, levels: LevelSet, dtype: torch.dtype) -> Tensor:
