@@ -83,20 +83,30 @@ def set_numerics(choice: str, device: torch.device) -> None:
 
 
 @contextmanager
-def float32_products() -> Iterator[None]:
-    """Within it CUDA devices multiply float32 without TF32.
+def float32_products(device: torch.device) -> Iterator[None]:
+    """Within it a CUDA device multiplies float32 without TF32.
 
     A rounded product that crosses the middle between two levels becomes the other level, and the next layers make more
     of it: with TF32 the logits of a 4-bit ResNet-20 are off by 9 % and those of 2 bits by 19 % (root mean square), and
     6 % of its test images change class.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    if device.type != "cuda":
+        yield
+        return
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    flags: list[tuple[Any, str, Any, Any]]
+    try:
+        flags = [(part, "allow_tf32", part.allow_tf32, False) for part in (matmul, cudnn)]
+    except RuntimeError:  # somebody has set fp32_precision, after which PyTorch refuses to read these
+        flags = [(part, "fp32_precision", part.fp32_precision, "ieee") for part in (matmul, cudnn.conv)]
+    for part, name, _, exact in flags:
+        setattr(part, name, exact)
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for part, name, before, _ in flags:
+            setattr(part, name, before)
 
 
 def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:

@@ -204,7 +204,6 @@ def _nothing() -> None:
 
 
 @torch.inference_mode()
-@float32_products()
 def evaluate(
     model: nn.Module,
     batches: Batches,
@@ -230,7 +229,7 @@ def evaluate(
     device = next(model.parameters()).device
     meter = Meter(device)
     for index, batch in enumerate(_bar(batches, "test", show=log is not None)):
-        with autocast(device, amp):
+        with float32_products(device), autocast(device, amp):
             logits = model(batch.x)
             loss = F.cross_entropy(logits, batch.labels)
         meter.update(loss, logits, batch.labels)

@@ -11,7 +11,7 @@ import torch
 
 from apot_fat.training import TrainConfig
 from apot_fat.training.build import default_workers
-from apot_fat.training.device import amp_dtype, choose_device, set_numerics
+from apot_fat.training.device import amp_dtype, choose_device, float32_products, set_numerics
 from apot_fat.training.distributed import Processes, in_turns
 from apot_fat.training.readback import LateRead
 from apot_fat.training.state import rng_state
@@ -92,6 +92,29 @@ def test_numerics_is_one_setting() -> None:
     with pytest.raises(ValueError, match="numerics 'exact': choose one of fast, deterministic"):
         TrainConfig(numerics="exact")
     assert TrainConfig().to_dict()["numerics"] == "fast"  # so every checkpoint records it
+
+
+@pytest.mark.usefixtures("_same_numerics")
+def test_evaluation_is_without_tf32_and_training_with_it() -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    set_numerics("fast", GPU)
+    for device, inside in ((GPU, (False, False)), (CPU, (True, True))):
+        with float32_products(device):
+            assert (matmul.allow_tf32, cudnn.allow_tf32) == inside
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == (True, True)
+
+
+@pytest.mark.usefixtures("_same_numerics")
+def test_evaluation_is_without_tf32_where_fp32_precision_was_set() -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    matmul.fp32_precision = "tf32"
+    with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+        _ = matmul.allow_tf32
+    before = matmul.fp32_precision, conv.fp32_precision
+    with float32_products(GPU):
+        assert (matmul.fp32_precision, conv.fp32_precision) == ("ieee", "ieee")
+    assert (matmul.fp32_precision, conv.fp32_precision) == before
 
 
 def test_auto_is_bfloat16_where_a_gpu_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:

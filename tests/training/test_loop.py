@@ -10,7 +10,7 @@ from apot_fat.data import Batch
 from apot_fat.models import create_model
 from apot_fat.training.averaging import WeightAverage
 from apot_fat.training.finite import FP16_SEARCH, FiniteGuard, NonFiniteError
-from apot_fat.training.loop import Position, evaluate, train_epoch
+from apot_fat.training.loop import Position, train_epoch
 
 
 class Batches:
@@ -142,30 +142,3 @@ def test_fp16_that_never_becomes_finite_says_so() -> None:
     finite = create_model("resnet20", bits=3, num_classes=2)
     finite.layer1[1].relu1 = Breaks({*range(20)})  # type: ignore[index,union-attr]
     epoch(finite, fp16=True)
-
-
-class _Flags(nn.Module):
-    """Notes whether CUDA may multiply float32 with TF32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-        self.seen: list[tuple[bool, bool]] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
-        return x.flatten(1)[:, :2] * self.weight
-
-
-def test_evaluation_multiplies_float32_whatever_training_does() -> None:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = True
-    model = _Flags()
-    try:
-        for _ in range(2):
-            epoch(model, fused=False)
-            evaluate(model, Batches())
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-    assert model.seen == ([(True, True)] * Batches.steps + [(False, False)] * Batches.num_batches) * 2
