@@ -116,9 +116,7 @@ def _reached(program: IntegerProgram, pixels: Array) -> tuple[tuple[int, int], .
         [(int(result.min()), int(result.max())) for result in program.results(pixels[start : start + BATCH])]
         for start in range(0, len(pixels), BATCH)
     ]
-    return tuple(
-        (min(low for low, _ in of_one), max(high for _, high in of_one)) for of_one in zip(*found, strict=True)
-    )
+    return tuple((min(low for low, _ in one), max(high for _, high in one)) for one in zip(*found, strict=True))
 
 
 class _Lowering:
