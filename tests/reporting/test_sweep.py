@@ -51,7 +51,7 @@ def test_tables_are_those_of_the_stored_results(rows: list[ResultRow], tmp_path:
 def test_the_published_tables_are_those_of_the_stored_results() -> None:
     stored = read_results(CHECKPOINTS / "cifar10_ablation.csv")
     text = (CHECKPOINTS / "README.md").read_text(encoding="utf-8")
-    for table in (sweep_table(stored), sweep_table(stored, measure="val_top1")):
+    for table in (sweep_table(stored), sweep_table(stored, measure="val_top1"), seeds_table(stored)):
         assert table in text
 
 
