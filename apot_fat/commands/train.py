@@ -31,13 +31,13 @@ def main(argv: list[str] | None = None) -> None:
     if request.options.evaluate or request.options.test_only or request.options.released:
         evaluate_request(request)
         return
-    request.say_recipe()
     if request.options.use_pretrain and "init" not in request.given:
         request.given["init"] = str(next_higher_checkpoint(request.config()))
     resume = request.options.resume
     if resume not in (None, "auto") and not request.options.config:
         config = resumed_config(Path(resume), request.given)
     else:
+        request.say_recipe()
         config = request.config()
     summary = train(config, resume=resume)
     if not launched().is_first:

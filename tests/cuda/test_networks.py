@@ -16,6 +16,7 @@ from apot_fat.data import Batch, Batches
 from apot_fat.quant.fast import layer_output
 from apot_fat.training.averaging import WeightAverage
 from apot_fat.training.build import make_batches
+from apot_fat.training.loop import evaluate
 from apot_fat.training.optim import make_optimizer
 from tests.cuda import works
 from tests.fake_cuda import CPU, DEVICE, FakeCuda, fake_cuda
@@ -149,6 +150,18 @@ class _Watched:
         for batch in self.batches:
             self.before.append(len(self.fake.waits))
             yield batch
+
+
+@pytest.mark.usefixtures("fake")
+def test_evaluation_multiplies_without_tf32_and_leaves_it_to_training() -> None:
+    run, cudnn, seen = works.config("resnet20", "apot-cifar"), torch.backends.cudnn, []
+    model = works.network(DEVICE, run.arch, "apot-cifar")
+    model.register_forward_pre_hook(lambda *_: seen.append(cudnn.allow_tf32))
+    assert cudnn.allow_tf32  # PyTorch's own choice
+    evaluate(model, make_batches(run, works.images(run.arch), DEVICE))
+    assert seen
+    assert not any(seen)
+    assert cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(("preset", "amp"), [("apot-cifar", "off"), (UNIFORM, "bf16"), ("fat-cifar", "off")])
