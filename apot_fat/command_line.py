@@ -155,7 +155,6 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
         log.info("%s", error)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader of our output, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
         print(f"{program()}: error: {one_line(error)}", file=sys.stderr, flush=True)
@@ -168,6 +167,11 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
         sys.exit(EXIT_ENVIRONMENT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    finally:
+        try:
+            sys.stdout.flush()  # or Python does at its end, and complains if the reader has gone
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
 
 

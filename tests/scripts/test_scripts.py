@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -66,9 +67,12 @@ def test_thresholds_as_table_csv_and_json(run: Run, tmp_path: Path) -> None:
         assert len(table) == 2 + len(rows)
         assert table[-1].split() == ["layer3.2.conv2", "3.000", "█" * 12, "20.000", "█" * 12]
         assert table[2].endswith("1.000  ▋")
-    piped = f"{sys.executable} {ROOT}/scripts/show_params.py {tmp_path}/net.pth | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    # met as it is written, or as the buffer is emptied at the end
+    for options, unbuffered in ((f"{tmp_path}/net.pth", "1"), (f"{tmp_path}/net.pth", ""), ("--help", "")):
+        piped = f"{sys.executable} {ROOT}/scripts/show_params.py {options} | true; exit ${{PIPESTATUS[0]}}"
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, check=False, env=environment)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_published_fat_commands(run: Run, data: tuple[object, ...]) -> None:
