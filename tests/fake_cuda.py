@@ -263,6 +263,7 @@ def _patch_cuda(patch: pytest.MonkeyPatch, fake: FakeCuda) -> None:
     patch.setattr(torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
     patch.setattr(torch.cuda, "synchronize", lambda device=None: fake.wait("synchronize"))
     patch.setattr(torch.cuda, "Event", _Event)
+    patch.setattr(torch.cuda, "current_stream", lambda device=None: None)
     patch.setattr(torch.accelerator, "is_available", lambda: True)
 
 

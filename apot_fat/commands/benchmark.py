@@ -38,7 +38,7 @@ from apot_fat.timing import (
 )
 from apot_fat.training.compile import compile_network
 from apot_fat.training.config import COMPILE_MODES
-from apot_fat.training.device import choose_device, set_numerics
+from apot_fat.training.device import choose_device, float32_products, set_numerics
 
 FEATURES = (16, 32, 32)  # the largest activation of ResNet-20, of an image
 LARGE_FEATURES = (64, 112, 112)  # that of ResNet-18: 392 MiB at 128 images, which no GPU's cache holds
@@ -145,8 +145,9 @@ def evaluate(options: argparse.Namespace) -> list[Row]:
     def work(network: nn.Module) -> Work:
         @torch.inference_mode()
         def one_pass() -> None:
-            for part in x.split(100):
-                network(part)
+            with float32_products(options.device):  # as evaluation multiplies
+                for part in x.split(100):
+                    network(part)
 
         return one_pass
 

@@ -104,4 +104,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _test(model: nn.Module, config: TrainConfig, dataset: Dataset, device: torch.device) -> Result:
-    return evaluate(model, make_batches(config, dataset.test, device), amp=config.amp)
+    return evaluate(model, make_batches(config, dataset.test, device))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from copy import deepcopy
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from apot_fat.checkpoint import load_weights
 from apot_fat.data import Batches
+from apot_fat.quant.convert.norms import batch_norms, estimate_batch_norms
 from apot_fat.training.distributed import sum_over_processes
 
 
@@ -68,12 +67,15 @@ class WeightAverage:
             own.copy_(trained)
         devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
         with torch.random.fork_rng(devices):
-            update_bn(islice(batches, count), self.model)
-        for module in self.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-                assert module.running_var is not None
-                for statistics in (module.running_mean, module.running_var):
-                    statistics.copy_(_mean_over_processes(statistics))
+            was_training, norms, chosen = self.model.training, batch_norms(self.model), iter(batches)
+            self.model.train()
+            estimate_batch_norms(norms, lambda _: self.model(next(chosen).x), min(count, batches.num_batches))
+            self.model.train(was_training)
+        for norm in norms:
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            for statistics in (norm.running_mean, norm.running_var):
+                statistics.copy_(_mean_over_processes(statistics))
         return time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Tensor]:

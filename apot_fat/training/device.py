@@ -43,6 +43,8 @@ def choose_device(device: str = "auto", gpu: str | None = None, local_rank: int 
         if local_rank == 0 and len(numbers) > 1 and "LOCAL_RANK" not in os.environ:
             log.warning("-id %s: one process uses one GPU, %s; torchrun --nproc-per-node uses all", gpu, numbers[0])
         device = f"cuda:{numbers[local_rank]}"
+    elif device.startswith("cuda:") and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        raise ValueError(f"device {device!r}: every process of this machine would take it; give cuda, each has its own")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):

@@ -72,14 +72,15 @@ class FiniteGuard:
         now = torch.stack([left_out + 1, (self.in_a_row > self.allowed).double(), _number(number, loss), loss.double()])
         self.found = torch.where(bad & (stopped == 0), now, self.found)
         made = ~bad & (stopped == 0)
-        self._make(made)
+        self._make(made, grads)
         for buffer, kept in zip(self.buffers, self.kept, strict=True):
             buffer.copy_(torch.where(bad, kept, buffer))
             kept.copy_(buffer)
         return made
 
-    def _make(self, made: Tensor) -> None:
-        if self.scaler.is_enabled():  # finds what is not finite itself
+    def _make(self, made: Tensor, grads: list[Tensor]) -> None:
+        if self.scaler.is_enabled():  # finds what is not finite itself, and shall find it where no step is to be made
+            torch._foreach_mul_(grads, torch.where(made, 1.0, torch.nan))
             self.scaler.step(self.optimizer)
             self.scaler.update()
         elif all(group.get("fused") for group in self.optimizer.param_groups):

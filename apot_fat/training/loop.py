@@ -172,11 +172,12 @@ def train_epoch(
             with autocast(device, amp):
                 loss, logits = objective(model, batch)
             scaler.scale(loss * (batch.share * world)).backward()  # DistributedDataParallel divides by world
-        counts = loss.isfinite()
         if batch.ends_step:
             counts = guard.step(index, loss)
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
+        else:
+            counts = loss.isfinite()
         meter.update(loss, logits, batch.labels, counts)
         settle = partial(guard.settle, epoch, index, batch.x, say)
         if log and index % print_freq == 0:

@@ -39,5 +39,5 @@ def _start_copy(values: Tensor) -> tuple[Tensor, torch.cuda.Event]:
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(values.device))  # which may not be the current device
     return host, copied

@@ -54,6 +54,13 @@ def test_the_device_of_a_run_is_the_current_one_before_anything_else(
     assert cuda == [("set_device", device), ("get_rng_state", device)]
 
 
+def test_processes_of_one_machine_do_not_share_a_gpu(cuda: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="device 'cuda:1': every process of this machine would take it; give cuda"):
+        choose_device("cuda:1", local_rank=1)
+    assert choose_device("cuda", local_rank=1) == torch.device("cuda:1")
+
+
 def test_a_run_on_the_cpu_asks_nothing_of_a_gpu(cuda: list[Any]) -> None:
     assert rng_state(choose_device("cpu")).keys() == {"cpu"}
     set_numerics("deterministic", CPU)

@@ -142,3 +142,12 @@ def test_fp16_that_never_becomes_finite_says_so() -> None:
     finite = create_model("resnet20", bits=3, num_classes=2)
     finite.layer1[1].relu1 = Breaks({*range(20)})  # type: ignore[index,union-attr]
     epoch(finite, fp16=True)
+
+
+def test_with_fp16_too_no_step_follows_those_that_were_too_many() -> None:
+    model = create_model("resnet20", bits=3, num_classes=2)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    model.layer1[1].relu1 = Breaks({*range(FP16_SEARCH + 2)})  # type: ignore[index,union-attr]
+    with pytest.raises(NonFiniteError, match=f"{FP16_SEARCH + 1} steps in a row"):
+        epoch(model, fp16=True, every=100)  # seen at an epoch's end, some finite steps later
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))

@@ -15,7 +15,7 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 _FEWEST_VALUES = 16  # of a channel in a batch, for statistics
 
 
-def batch_norms(model: nn.Module) -> list[nn.Module]:
+def batch_norms(model: nn.Module) -> list[BatchNorm]:
     """Those that use statistics in evaluation."""
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     return [norm for norm in norms if norm.running_mean is not None]
@@ -103,9 +103,10 @@ def estimate_batch_norms(norms: list[BatchNorm], run: Callable[[int], Any], part
     before = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None
         norm.train()
     for place in range(parts):
+        for norm in norms:  # None would mean the same, and every norm wait for the device to count
+            norm.momentum = 1 / (place + 1)
         run(place)
     for norm, momentum in zip(norms, before, strict=True):
         norm.momentum = momentum

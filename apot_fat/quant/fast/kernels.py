@@ -75,7 +75,7 @@ def pointwise(
     scratch = into if isinstance(into, torch.dtype) and like.device.type == "cpu" else None  # others' allocators do
     overwrites = scratch is not None or isinstance(into, Tensor)
     types = (scratch, *(tensor.dtype for tensor in operands))
-    key = (like.device, _size_class(like), torch.is_inference_mode_enabled(), types, layout.special_sizes)
+    key = (like.device, _size_class(like), _modes(), types, layout.special_sizes)
     wanted = (function, settings, scratch is not None, overwrites, layout.in_gpu_rows, key)
     # what was compiled for a large tensor does for a small one too; but no sum, whose bits would tell who came before
     kernel = _kernels.get(wanted)
@@ -179,6 +179,10 @@ def total(parts: Tensor) -> Tensor:
     return parts.sum()
 
 
+def _modes() -> tuple[bool, bool]:
+    return torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled()
+
+
 def _compiles(x: Tensor) -> bool:
     if get_kernels() == "eager" or x.numel() < 2:  # sizes 0 and 1 are never dynamic
         return False
@@ -202,8 +206,12 @@ def inductor_options(device_type: str) -> dict[str, Any]:
     if device_type == "cpu":
         bits = torch._inductor.cpu_vec_isa.pick_vec_isa().bit_width()
         return {"cpp.simdlen": bits} if bits else {}
-    # PyTorch refuses options that it does not know; 2.11 to 2.14 know this one
-    return {_ROUNDED_DIVISION: True} if _ROUNDED_DIVISION in torch._inductor.list_options() else {}
+    # PyTorch refuses options that it does not know; 2.11 to 2.14 know the first
+    wanted = {_ROUNDED_DIVISION: True}
+    if torch.are_deterministic_algorithms_enabled():  # no block size by a stopwatch: sums would differ from run to run
+        wanted["deterministic"] = True
+    known = torch._inductor.list_options()
+    return {name: value for name, value in wanted.items() if name in known}
 
 
 def _compiled(
