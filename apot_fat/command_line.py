@@ -46,9 +46,14 @@ class Request:
 
     def config(self, bit: int | None = None) -> TrainConfig:
         """The run at a bit-width: recipe, then command line."""
-        bit = bit if bit is not None else self.given.get("bit", TrainConfig.bit)
+        bit = bit if bit is not None else self.given.get("bit", self._usual_bits)
         values = {**self.implied, **self.given, "bit": bit}
         return self.recipe.config(bit, values) if self.recipe else TrainConfig.from_dict(values, "command line")
+
+    @property
+    def _usual_bits(self) -> int:
+        chain = self.recipe.chain if self.recipe else ()
+        return chain[0] if len(chain) == 1 else TrainConfig.bit
 
     def say_recipe(self) -> None:
         """Log which packaged recipe was found for a command line that names none."""
@@ -136,7 +141,11 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
     handler = _TqdmHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("apot_fat").addHandler(handler)
-    processes = launched()
+    try:
+        processes = launched()
+    except ValueError as error:
+        print(f"{program()}: error: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_INPUT)
     is_first = processes.is_first
     logging.getLogger("apot_fat").setLevel(logging.INFO if is_first else logging.ERROR)
     try:

@@ -21,10 +21,11 @@ def main(argv: list[str] | None = None) -> None:
     if request.recipe is None:
         raise ValueError("no recipe for this network, data set and method under configs/: name one with --config")
     request.say_recipe()
+    if "bit" in request.given:
+        raise ValueError(f"--bit {request.given['bit']}: a chain has several; name them with --bits")
     bits = request.options.bits
     chain = request.recipe.chain if bits is None else _parse_chain(bits)
-    given = {name: value for name, value in request.given.items() if name != "bit"}
-    summaries = train_chain(request.recipe, chain, given)
+    summaries = train_chain(request.recipe, chain, request.given)
     if not launched().is_first:
         return
     output = summaries[0].folder.parent

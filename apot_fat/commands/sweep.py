@@ -61,8 +61,16 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("preset", "bit", "seed"):
         if name in given:
             raise ValueError(f"--{name} {given[name]}: the sweep has its own; run a part of it with {_PART_OF[name]}")
+    if options.figure or options.seconds:
+        raise ValueError("--figure and --seconds go with --table FILE.csv; a sweep draws into its --output")
     sweep = read_sweep(source)
+    if options.baseline and options.baseline not in sweep.methods:
+        raise ValueError(f"--baseline {options.baseline!r}: choose one of {', '.join(sweep.methods)}")
     output = Path(given.setdefault("output", str(Path("result") / sweep.path.stem)))
+    if options.by == "val_top1":
+        for cell in sweep.cells:
+            if not sweep.config(cell, given).val_split:
+                raise ValueError(f"--by val_top1: {cell} holds no images out; give --val-split, or choose top1 or best")
     first = launched().is_first
 
     def after_cell(cell: Cell, run: RunSummary, rows: list[ResultRow]) -> None:

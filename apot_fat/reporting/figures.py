@@ -117,7 +117,8 @@ def _draw_weights(axes: Any, runs: Sequence[RunSummary]) -> None:
         axes.set_axis_off()
         return
     run = max(apot, key=lambda run: run.bits)
-    model = open_network(run.folder / BEST).model
+    best = run.folder / BEST
+    model = open_network(best if best.is_file() else run.folder / LAST).model
     name, layer = list(threshold_layers(model))[len(list(threshold_layers(model))) // 2]
     assert layer.weight_alpha is not None
     with torch.no_grad():

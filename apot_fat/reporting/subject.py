@@ -140,7 +140,7 @@ def load_images(
     """
     config = subject.config
     if data is not None:
-        config = replace(config, data=data, test_data=None)
+        config = replace(config, data=data, test_data=None).normalized_as(config)
     elif not subject.trained:
         return "No images: this file names none. Name some with --data."
     elif not _at_hand(config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from apot_fat.training.teacher import load_teacher
 
 FILE_SIZE = 224
 """Height and width that image files are brought to, pixels."""
+_IMAGES_FIELDS = ("data", "test_data", "data_root", "image_size", "val_split", "loader", "on_damaged", "streams")
 MORE_VIEWS = 3
 """How often ``unlabelled_images`` come as in training, after once as in evaluation."""
 
@@ -52,6 +54,21 @@ def load_config_dataset(config: TrainConfig, *, need_train: bool = True) -> Data
         )
 
     return in_turns(launched(), load) if config.data in NAMED else load()
+
+
+def keep_last_dataset() -> Callable[[TrainConfig], Dataset]:
+    """``load_config_dataset`` that keeps what it loaded last, since many runs in a row have the same images."""
+    last: list[tuple[object, Dataset]] = []
+
+    def load(config: TrainConfig) -> Dataset:
+        # the seed chooses the held-out images
+        key = *(getattr(config, name) for name in _IMAGES_FIELDS), config.val_split and config.seed
+        if not last or last[0][0] != key:
+            last.clear()
+            last.append((key, load_config_dataset(config)))
+        return last[0][1]
+
+    return load
 
 
 def image_shape(config: TrainConfig, images: ImageSet | FileSet) -> tuple[int, int, int]:

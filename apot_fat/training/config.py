@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from contextlib import suppress
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Union
@@ -229,6 +229,16 @@ class TrainConfig:
         """Channel means and standard deviations in use, units of 255."""
         mean, std = normalization(self.data, find_architecture(self.arch).dataset, self.preset_name)
         return self.mean or mean, self.std or std
+
+    def normalized_as(self, other: TrainConfig) -> TrainConfig:
+        """This config with another's channel means and standard deviations, where it names none and would use others.
+
+        A network goes on taking the images that it was trained on, wherever they lie.
+        """
+        theirs = zip(("mean", "std"), other.normalization(), strict=True)
+        kept: dict[str, Any] = {name: value for name, value in theirs if getattr(self, name) is None}
+        config = replace(self, **kept)
+        return self if config.normalization() == self.normalization() else config
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by field name; what is None is left out."""

@@ -47,7 +47,7 @@ def choose_device(device: str = "auto", gpu: str | None = None, local_rank: int 
         raise ValueError(f"device {device!r}: every process of this machine would take it; give cuda, each has its own")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", device):
         raise ValueError(f"device {device!r}: choose auto, cpu, cuda or cuda:N")
     chosen = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():

@@ -45,9 +45,16 @@ class Processes:
 
 
 def launched() -> Processes:
-    """What torchrun's environment says; one process without it."""
-    numbers = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
-    return Processes(*numbers)
+    """What torchrun's environment says; one process without it.
+
+    Raises:
+        ValueError: a variable of it that is no number.
+    """
+    values = {name: os.environ.get(name, default) for name, default in _TORCHRUN}
+    for name, value in values.items():
+        if not value.isdecimal():
+            raise ValueError(f"environment variable {name}={value!r}: expected an integer; leave it to torchrun")
+    return Processes(*map(int, values.values()))
 
 
 _TORCHRUN = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))

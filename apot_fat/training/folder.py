@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,10 +168,12 @@ class Records:
         self.done, self.about, self.sample = list(history), about, sample
         self.drawn_again = drawn_again if history else None
         self.board: Board | None = None
+        self.lock = ExitStack()
 
     def __enter__(self) -> Records:
         if self.processes.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock.enter_context(_locked(self.folder))
             remove_leftovers(self.folder)
             drop_damaged(self.folder / LAST)
             with atomic_write(self.folder / CONFIG) as temporary:
@@ -183,7 +187,7 @@ class Records:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._drawing():
+        with self.lock, self._drawing():
             if self.board is not None:
                 self.board.close()
 
@@ -237,6 +241,23 @@ class Records:
             **self.about,
             "history": history,
         }
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    # a lock of the folder itself: it leaves nothing behind, and a killed process holds none
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"{folder}: another process trains there; wait for it, or name another --output") from None
+    except OSError:  # a file system without locks
+        log.debug("%s: not locked", folder)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class StepSaver:

@@ -95,7 +95,7 @@ def open_network(
     recorded = recorded_config(content, where)
     if recorded is not None:
         _check_given(where, given, recorded)
-        config = replace(recorded, **(_OF_THE_MACHINE | given))
+        config = replace(recorded, **(_OF_THE_MACHINE | given)).normalized_as(recorded)
     else:
         config = _assumed_config(where, Path(source), content, given, assumed)
     classes = num_outputs(content, where)

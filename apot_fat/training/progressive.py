@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apot_fat.quant.spec import FLOAT_BITS
-from apot_fat.training.build import load_config_dataset
+from apot_fat.training.build import keep_last_dataset
 from apot_fat.training.config import FP32_RUN, TrainConfig
 from apot_fat.training.device import choose_device
 from apot_fat.training.distributed import gather_objects, launched, process_group
@@ -72,18 +72,20 @@ def train_chain(recipe: Recipe, chain: tuple[int, ...], overrides: dict[str, Any
     Raises:
         ValueError: anything that does not fit; every stage's config is checked before the first begins.
     """
+    if not chain:
+        raise ValueError("chain (): expected bit-widths in order, such as (32, 4, 3, 2)")
     configs = chain_configs(recipe, chain, overrides)
     processes = launched()
     device = choose_device(configs[0].device, configs[0].gpu, processes.local_rank)
     summaries = []
     with process_group(processes, device, configs[0].dist_timeout):
         done = gather_objects([is_finished(config) for config in configs])[0]  # what the first process finds
-        dataset = None if all(done) else load_config_dataset(configs[0])
+        images = keep_last_dataset()
         for config, finished in zip(configs, done, strict=True):
             folder = Path(config.output) / config.run_name
             if finished:
                 log.info("%s: finished before, skipped", folder)
                 summaries.append(summarize(folder))
             else:
-                summaries.append(train(config, resume="auto", dataset=dataset))
+                summaries.append(train(config, resume="auto", dataset=images(config)))
     return summaries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from apot_fat.checkpoint import (
     TORCHVISION,
+    atomic_write,
     before,
     checksum,
     file_checksum,
@@ -20,12 +22,13 @@ from apot_fat.checkpoint import (
 from apot_fat.data import Dataset
 from apot_fat.training.build import load_config_dataset
 from apot_fat.training.config import TrainConfig
-from apot_fat.training.folder import BEST, LAST, METRICS, run_config
+from apot_fat.training.folder import BEST, LAST, METRICS, best_index, run_config
 
 _PLACES = {"data": ("data", "test_data"), "init": ("init",), "teacher": ("teacher",)}  # fields that say where it lies
 _FIELDS = {option.name for option in fields(TrainConfig)}
 _FREE_TO_CHANGE = {"output", "device", "gpu", "print_freq", "histogram_every", "test_batch_size", "data_root"}
 _FREE_TO_CHANGE |= {"epochs", "workers", "dist_timeout", "on_damaged", "compile", "skip_nonfinite", "checkpoint_every"}
+_FREE_TO_CHANGE |= {"mean", "std"}  # given or not: what counts is what is used
 _FREE_TO_CHANGE |= {place for places in _PLACES.values() for place in places}
 
 log = logging.getLogger("apot_fat")
@@ -55,6 +58,8 @@ def resumed_content(config: TrainConfig, resume: str | None) -> dict[str, Any] |
         return None
     content = read_newest(path, log.warning)
     _check_config(content, path, config)
+    if is_there and path.resolve() != last.resolve():
+        _check_is_behind(last, content, path, config)
     if unknown := [f"{name} = {value}" for name, value in content["config"].items() if name not in _FIELDS]:
         log.warning("checkpoint %s: was run with %s, which this version has not", path, ", ".join(unknown))
     epochs = run_config(content, path).epochs
@@ -73,16 +78,53 @@ def _check_no_stranger(folder: Path, config: TrainConfig) -> None:
         raise ValueError(f"{metrics}: the metrics of a run whose {LAST} is gone; move them, or name another --output")
     if best.exists():
         try:
-            _check_config(read_checkpoint(best), best, config)
+            content = read_checkpoint(best)
+            _check_config(content, best, config)
         except ValueError as error:
             raise ValueError(f"{best}: of no run in this folder; move it, or name another --output") from error
+        if (epochs := len(content["history"])) > 1:
+            raise ValueError(f"{best}: epoch {epochs} of a run whose {LAST} is gone; move it, or name another --output")
+
+
+def _check_is_behind(last: Path, content: dict[str, Any], path: Path, config: TrainConfig) -> None:
+    # what lies in the folder already must be an earlier epoch of the run that comes into it
+    there = read_newest(last, log.warning)
+    _check_config(there, last, config)
+    mine, theirs = content["history"], there["history"]
+    if theirs != mine[: len(theirs)]:
+        raise ValueError(
+            f"{last.parent}: holds {len(theirs)} epochs of a run that {path}, with {len(mine)}, does not go on; "
+            "move them, or name another --output"
+        )
 
 
 def _check_config(content: dict[str, Any], path: Path, config: TrainConfig) -> None:
-    then, now = run_config(content, path).to_dict(), config.to_dict()
+    recorded = run_config(content, path)
+    normalization = recorded.normalization(), config.normalized_as(recorded).normalization()
+    for name, *values in zip(("mean", "std"), *normalization, strict=True):
+        if values[0] != values[1]:
+            raise ValueError(_changed(path, name, *map(list, values)))
+    then, now = recorded.to_dict(), config.to_dict()
     for name in sorted({*then, *now} - _FREE_TO_CHANGE):
         if then.get(name) != now.get(name):
             raise ValueError(_changed(path, name, then.get(name), now.get(name)))
+
+
+def keep_best(folder: Path, resume: str | None, history: list[dict[str, Any]]) -> None:
+    """Bring the best checkpoint along where a run goes on in another folder; say so where it is gone."""
+    if not history or (folder / BEST).exists():
+        return
+    best = best_index(history) + 1
+    beside = folder / BEST if resume in (None, "auto") else Path(str(resume)).parent / BEST
+    if beside.is_file() and read_checkpoint(beside).get("history") == history[:best]:
+        with atomic_write(folder / BEST) as temporary:
+            shutil.copyfile(beside, temporary)
+    else:
+        log.warning(
+            "%s: that of epoch %d, the best so far, is gone; a later one replaces it if it is better",
+            folder / BEST,
+            best,
+        )
 
 
 def resumed_config(path: Path, given: dict[str, Any]) -> TrainConfig:

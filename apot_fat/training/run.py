@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apot_fat.data import Batches, Dataset, Sharding
 from apot_fat.data.sharding import mix_seed
+from apot_fat.quant import seam
 from apot_fat.quant.all_layers import clipping_table, keep_thresholds_positive
 from apot_fat.quant.diagnosis import odd_layers
+from apot_fat.quant.watching import evaluation_mode
+from apot_fat.text import one_line
 from apot_fat.training.averaging import WeightAverage
 from apot_fat.training.build import (
     image_shape,
@@ -37,13 +40,13 @@ from apot_fat.training.distributed import (
     wrap,
 )
 from apot_fat.training.finite import FiniteGuard
-from apot_fat.training.folder import Records, RunSummary, StepSaver, summary_of
+from apot_fat.training.folder import Records, RunSummary, StepSaver, run_config, summary_of
 from apot_fat.training.interruption import SignalWatch
 from apot_fat.training.loop import Position, Result, autocast, evaluate, train_epoch
 from apot_fat.training.network import create_network
 from apot_fat.training.objective import Objective
 from apot_fat.training.optim import make_optimizer, make_schedule, say_unreached_steps, set_relative_steps
-from apot_fat.training.resume import checked_sources, resumed_content
+from apot_fat.training.resume import checked_sources, keep_best, resumed_content
 from apot_fat.training.start import load_initial_weights, reconstruct_start, set_initial_thresholds
 from apot_fat.training.state import TrainState
 
@@ -60,7 +63,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
         config: the run.
         resume: ``auto`` to go on where the folder's last checkpoint stands (or start, if there is none), or the path
             of a checkpoint of the same run; None to start.
-        dataset: already loaded images; by default those the config names.
+        dataset: already loaded images; by default those the config names, as its checkpoints go on saying.
 
     Raises:
         ValueError: anything in the config, the data or a checkpoint that does not fit, before any file is written; a
@@ -77,18 +80,25 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
     say_unreached_steps(config)
     folder = Path(config.output) / config.run_name
     before = resumed_content(config, resume)
+    if before is not None:
+        config = config.normalized_as(run_config(before, folder))
     with process_group(processes, device, config.dist_timeout):
         dataset = dataset or load_config_dataset(config)
+        if dataset.train is None or (config.val_split and dataset.val is None):
+            what = "training images" if dataset.train is None else f"held-out images, val_split is {config.val_split}"
+            raise ValueError(f"{dataset.name}: the given images have no {what}; load_config_dataset(config) has")
+        shape = image_shape(config, dataset.test)
         about = {
-            "image_shape": image_shape(config, dataset.test),
+            "image_shape": shape,
             "sources": checked_sources(before, config, dataset),
         }
         seed_everything(config.seed)
         sets = _make_sets(config, dataset, device, sharding)
-        state = _make_state(config, len(dataset.classes), sets.train.steps, device, processes, is_new=before is None)
+        classes, is_new = len(dataset.classes), before is None
+        state = _make_state(config, classes, shape, sets.train.steps, device, processes, is_new=is_new)
         if processes.rank:  # dropout of its own; the network is the first process's
             torch.manual_seed(mix_seed(config.seed, processes.rank))
-        objective = make_objective(config, len(dataset.classes), device)
+        objective = make_objective(config, classes, device)
         history, position = ([], None) if before is None else state.restore(before, processes)
         again = state.tested if position is None else None
         with (
@@ -100,12 +110,14 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
             )
             if processes.is_distributed:
                 log.info("%d processes, %d images a step", processes.world, config.batch_size)
+            if processes.is_first:
+                keep_best(folder, resume, history)
             begun = time.perf_counter()
             if before is None:
                 set_initial_thresholds(state.model, config, sets.train, device)
                 assert dataset.train is not None
                 if processes.is_first:  # the others take its parameters
-                    reconstruct_start(state.model, config, dataset.train, len(dataset.classes), device)
+                    reconstruct_start(state.model, config, dataset.train, classes, device)
             start_seconds = time.perf_counter() - begun
             epochs = _Epochs(config, processes, device, sets, state, objective)
             if before is None:
@@ -137,13 +149,33 @@ def _make_sets(config: TrainConfig, dataset: Dataset, device: torch.device, shar
     return _Sets(train_batches, test_batches, val_batches, sample_images(config, dataset.test, device))
 
 
+def _check_size(model: nn.Module, config: TrainConfig, shape: tuple[int, int, int]) -> None:
+    # small images end before the network does
+    try:
+        with evaluation_mode(model), torch.no_grad(), seam.speed.uncompiled():
+            model(torch.zeros(1, *shape))
+    except RuntimeError as error:
+        size = " × ".join(map(str, shape[1:]))
+        raise ValueError(
+            f"arch {config.arch}: takes no images of {size} ({one_line(error)[:120]}); choose another, or --image-size"
+        ) from error
+
+
 def _make_state(
-    config: TrainConfig, num_classes: int, steps: int, device: torch.device, processes: Processes, *, is_new: bool
+    config: TrainConfig,
+    num_classes: int,
+    shape: tuple[int, int, int],
+    steps: int,
+    device: torch.device,
+    processes: Processes,
+    *,
+    is_new: bool,
 ) -> TrainState:
     # steps are those of an epoch
     model = create_network(config, num_classes)
     if is_new:
         load_initial_weights(model, config)
+        _check_size(model, config, shape)
     if config.sync_bn and processes.is_distributed:
         model = synchronize_batch_norm(model, device)
     model.to(device)

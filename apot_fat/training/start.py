@@ -17,7 +17,7 @@ from apot_fat.checkpoint import (
     torchvision_weights,
 )
 from apot_fat.data import Batches, FileSet, ImageSet
-from apot_fat.quant.all_layers import set_bits, threshold_layers
+from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.convert import Reconstruction, balance_filters, reconstruct
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.quant.thresholds import initialize_thresholds
@@ -96,7 +96,7 @@ def _network_of_init(config: TrainConfig, source: str, content: dict[str, Any], 
         per_channel = {name: getattr(theirs, name) for name in ("weight_per_channel", "act_per_channel")}
         made, bits = replace(config, preset=theirs.preset, **per_channel), theirs.bit
     if bits == FLOAT_BITS:
-        model = load_weights(set_bits(create_network(made, num_classes), FLOAT_BITS), content)
+        model = load_weights(create_network(replace(made, bit=FLOAT_BITS), num_classes), content)
         return balance_filters(model) if config.balance_filters else model
     if config.balance_filters:
         raise ValueError(f"balance_filters: {source} has {bits} bits; name a float network with --init")

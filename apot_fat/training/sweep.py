@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from apot_fat.data import Dataset
 from apot_fat.quant.spec import PRESETS, check_bits, nearest
-from apot_fat.training.build import load_config_dataset
+from apot_fat.training.build import keep_last_dataset
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device
 from apot_fat.training.distributed import gather_objects, launched, process_group
@@ -32,7 +31,6 @@ log = logging.getLogger("apot_fat")
 Table = dict[str, Any]
 
 _OWN = ("preset", "bit", "seed", "output")  # of each cell
-_DATA_FIELDS = ("data", "test_data", "data_root", "image_size", "val_split", "loader", "on_damaged", "streams")
 
 
 class Cell(NamedTuple):
@@ -103,6 +101,7 @@ class Sweep:
             if found is None:
                 raise ValueError(f"{where}: no recipe {source!r} for {arch} on {data} under configs/")
             values = {**found.base, **found.by_bits.get(cell.bits, {}), **values}
+            arch = overrides.get("arch") or values.get("arch", arch)
         output = Path(overrides["output"]) / cell.recipe / cell.method / f"seed{cell.seed}"
         widths, before = self.methods[cell.recipe][cell.method], None
         if self.chain and (place := widths.index(cell.bits)):
@@ -187,7 +186,7 @@ def run_sweep(
     device = choose_device(first.device, first.gpu, processes.local_rank)
     found: dict[Cell, ResultRow] = {}
     failed: dict[Cell, str] = {}
-    images: tuple[object, Dataset | None] = None, None  # of the last config; many runs in a row have the same
+    images = keep_last_dataset()
     with process_group(processes, device, first.dist_timeout):
         _update(found, configs)
         finished = gather_objects(set(found))[0]  # another sweep may finish a cell while the processes look
@@ -202,10 +201,8 @@ def run_sweep(
                 failed[cell] = f"skipped, as it builds on {missing[0]}"
                 log.error("%s: %s", cell, failed[cell])
                 continue
-            if images[0] != (key := _images_key(configs[cell])):
-                images = key, load_config_dataset(configs[cell])
             try:
-                summary = train(configs[cell], resume="auto", dataset=images[1])
+                summary = train(configs[cell], resume="auto", dataset=images(configs[cell]))
             except NonFiniteError as error:
                 log.error("%s: %s", cell, error)
                 failed[cell] = "did not stay finite"
@@ -220,11 +217,6 @@ def _parents(cell: Cell, configs: dict[Cell, TrainConfig]) -> list[Cell]:
     paths = map(config.weights_path, (config.init, config.teacher))
     places = {Path(path).parent for path in paths if path is not None}
     return [other for other, theirs in configs.items() if Path(theirs.output) / theirs.run_name in places]
-
-
-def _images_key(config: TrainConfig) -> tuple[object, ...]:
-    # the seed chooses the held-out images
-    return *(getattr(config, name) for name in _DATA_FIELDS), config.val_split and config.seed
 
 
 def _update(found: dict[Cell, ResultRow], configs: dict[Cell, TrainConfig]) -> list[ResultRow]:
@@ -277,6 +269,8 @@ def _methods(table: Table, where: str) -> dict[str, list[int]]:
         raise ValueError(f'{where}: methods {methods!r}: expected bit-widths by method, such as {{"apot-cifar" = [4]}}')
     for name, widths in methods.items():
         _check_method(name, where)
+        if not widths:
+            raise ValueError(f"{where}: {name} []: expected bit-widths, such as [4, 3, 2]")
         for bits in widths:
             check_bits(bits, f"{where}: {name}")
     return {name: list(dict.fromkeys(widths)) for name, widths in methods.items()}

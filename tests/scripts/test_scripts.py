@@ -115,7 +115,7 @@ def test_progressive_prints_table_and_figure(run: Run, data: tuple[object, ...],
     assert (code, err) == (0, "")
     assert re.search(r"^network +method +bits", out, re.MULTILINE)
     assert Path(out.rsplit("figure: ", 1)[1].strip()).is_file()
-    assert 'init = "out/resnet20_4bit/model_best.pth.tar"' in Path("out/resnet20_3bit/config.toml").read_text()
+    assert 'init = "out/resnet20_4bit/model_best.pth.tar"' in Path("result/resnet20_3bit/config.toml").read_text()
     beside = Path("out/resnet20_2bit/checkpoint.pth.tar")  # of a run that has finished no epoch
     beside.parent.mkdir()
     content = read_checkpoint("out/resnet20_3bit/checkpoint.pth.tar")
@@ -154,6 +154,9 @@ def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
     cases: list[tuple[str, tuple[object, ...], str]] = [
         ("train.py", ("--arch", "res21"), "unknown architecture 'res21' (did you mean 'resnet20'?)"),
         ("train.py", ("--bit", 0), "bit 0: choose an integer from 2 to 8, or 32"),
+        ("train.py", ("--arch", "vgg16", "--data", "digits"), "arch vgg16: takes no images of 8 × 8 ("),
+        ("train.py", ("--device", "cuda:99999999999"), "device 'cuda:99999999999': choose auto, cpu, cuda or cuda:N"),
+        ("progressive.py", ("--bit", 3), "--bit 3: a chain has several; name them with --bits"),
         ("train.py", ("--bit", 1.5), "bit 1.5: choose an integer from 2 to 8, or 32"),
         ("train.py", ("--bit", 33), "bit 33: choose an integer from 2 to 8, or 32"),
         ("train.py", ("--bit", "four"), "bit 'four': choose an integer from 2 to 8, or 32"),
@@ -278,6 +281,25 @@ def test_report_of_a_run_and_a_checkpoint(run: Run, data: tuple[object, ...], tm
     assert "12.50 %" in html
     assert "fp32: No curves" in html
     assert [path.name for path in Path("pages").iterdir()] == ["report.html"]
+
+
+def test_the_bits_of_a_config_are_those_that_are_trained(run: Run, data: tuple[object, ...], tmp_path: Path) -> None:
+    path = tmp_path / "three.toml"
+    path.write_text('arch = "resnet20"\nbit = 3\nepochs = 1\nbatch_size = 16\ncrop_padding = 1\n')
+    code, out, _ = run("train.py", "--config", path, *data)
+    assert code == 0
+    assert out.splitlines()[-1].endswith("resnet20_3bit")
+    # what a run leaves says what it was
+    code, _, err = run("train.py", "--config", "result/resnet20_3bit/config.toml")
+    assert code == 2
+    assert "resnet20_3bit holds a run already" in err
+
+
+def test_an_environment_that_is_not_torchruns_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "abc")
+    code, _, err = run("benchmark.py")
+    assert code == 2
+    assert err == "benchmark.py: error: environment variable RANK='abc': expected an integer; leave it to torchrun\n"
 
 
 @pytest.mark.parametrize(

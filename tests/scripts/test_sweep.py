@@ -137,6 +137,7 @@ def test_the_full_sweep_takes_the_recipe_files_and_runs_at_a_tiny_size(run: Run,
         (SWEEP.replace("seeds", "seed"), "unknown key 'seed' (did you mean 'seeds'?)"),
         (SWEEP.replace("[0, 1]", "[0.5]"), "expected a list of integers from 0 up"),
         (SWEEP.replace("apot-cifar", "apot-cifra"), "method 'apot-cifra' (did you mean 'apot-cifar'?)"),
+        (SWEEP.replace("[32, 4]", "[]"), "apot-cifar []: expected bit-widths, such as [4, 3, 2]"),
         (SWEEP.replace("[32, 4]", "[31]"), "apot-cifar 31: choose an integer"),
         (SWEEP.replace("lr = 0.02", "lrr = 1"), "[bits.4]: unknown key 'lrr' (did you mean 'lr'?)"),
         (SWEEP.replace("lr = 0.02", "lr = -1"), "lr -1.0: expected a number above 0"),
@@ -165,6 +166,9 @@ def test_bad_options_are_one_line(run: Run) -> None:
         (("--config", path, "--recipe", "ours"), "run a part of it with --recipes"),
         (("--config", path, "--methods", "lsq"), "--methods 'lsq': choose of apot-cifar, fat-cifar"),
         (("--config", path, "--by", "top5"), "--by 'top5': choose one of top1, best, val_top1"),
+        (("--config", path, "--baseline", "theirs"), "--baseline 'theirs': choose one of published, ours"),
+        (("--config", path, "--by", "val_top1"), "--by val_top1: published apot-cifar 32 bits seed 0 holds no images"),
+        (("--config", path, "--figure", "a.png"), "--figure and --seconds go with --table FILE.csv"),
         (("--table", "absent.csv"), "results absent.csv: not readable as CSV"),
     ):
         code, _, err = run("sweep.py", *argv)
@@ -174,3 +178,14 @@ def test_bad_options_are_one_line(run: Run) -> None:
     code, _, err = run("train.py", "--recipe", "theirs")
     assert code == 2
     assert "configs/ has none" in err
+
+
+def test_a_chain_starts_from_the_network_that_its_recipe_file_names(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.toml"
+    path.write_text(
+        "[sweep]\nmethods = { apot-cifar = [4, 3] }\nchain = true\nbaseline = 'tiny'\n"
+        "[recipes.tiny]\nconfig = 'digits/vggtiny_apot'\n"
+    )
+    sweep = read_sweep(path)
+    first, second = (sweep.config(cell, {"output": "out"}) for cell in sweep.cells)
+    assert second.init == f"{first.output}/{first.run_name}/model_best.pth.tar"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from apot_fat.checkpoint import read_checkpoint
+from apot_fat.evaluation import evaluate
 from apot_fat.training import read_recipe, train_chain
 from apot_fat.training.folder import LAST
 from apot_fat.training.progressive import chain_configs
@@ -66,3 +67,17 @@ def test_the_speed_run_at_a_small_size(tmp_path: Path) -> None:
     assert all(summary.last > 95 for summary in summaries), summaries
     config = read_checkpoint(tmp_path / "resnet20_2bit" / LAST)["config"]
     assert (config["init"], config["teacher"], config["optimizer"]) == ("fp32", "fp32", "adam")
+
+
+def test_each_stage_has_the_images_it_asks_for(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        'arch = "vgg_tiny"\ndata = "digits"\nepochs = 1\ncompile = "off"\nchain = [4, 3]\n'
+        "[bits.3]\nval_split = 0.2\nimage_size = 16\n"
+    )
+    recipe = read_recipe(path)
+    four, three = train_chain(recipe, recipe.chain, {"output": str(tmp_path)})
+    assert (four.best_on, three.best_on) == ("test", "val")
+    assert evaluate(three.folder / LAST).top1 == three.last
+    with pytest.raises(ValueError, match=r"chain \(\): expected bit-widths in order"):
+        train_chain(recipe, ())

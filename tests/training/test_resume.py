@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from PIL import Image
 
 from apot_fat.checkpoint import before as checkpoint_before
 from apot_fat.checkpoint import read_checkpoint, write_checkpoint
+from apot_fat.data import ImageSet, load_dataset
+from apot_fat.evaluation import evaluate
 from apot_fat.models import create_model
 from apot_fat.training import TrainConfig, train, train_chain
 from apot_fat.training.folder import BEST, LAST, METRICS
@@ -191,3 +195,79 @@ def test_a_teacher_written_again_with_the_same_weights_is_the_same(short: dict[s
     write_checkpoint({**read_checkpoint(short["teacher"]), "seconds": 2.0}, tmp_path / "again.pth")
     again = str(tmp_path / "again.pth")
     assert train(TrainConfig(**{**short, "init": again, "teacher": again}), resume="auto").epochs == 2
+
+
+def test_a_run_is_not_brought_over_one_that_it_does_not_go_on_from(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"schedule": "step", "compile": "off"}
+    train(one(tiny_npz, tmp_path / "a", epochs=1, **options))
+    early = Path(shutil.copytree(tmp_path / "a/resnet20_4bit", tmp_path / "early")) / LAST
+    train(one(tiny_npz, tmp_path / "a", epochs=3, **options), resume="auto")
+    last = tmp_path / "a/resnet20_4bit" / LAST
+    before = last.read_bytes()
+    with pytest.raises(ValueError, match=r"holds 3 epochs of a run that .*early.*, with 1, does not go on"):
+        train(one(tiny_npz, tmp_path / "a", epochs=2, **options), resume=str(early))
+    assert last.read_bytes() == before
+    train(one(tiny_npz, tmp_path / "b", epochs=1, seed=1, **options))
+    with pytest.raises(ValueError, match="was run with seed = 1, not 0"):
+        train(one(tiny_npz, tmp_path / "b", epochs=2, **options), resume=str(early))
+    # over the epochs that it holds itself it may come
+    shutil.copytree(early.parent, tmp_path / "c/resnet20_4bit")
+    assert train(one(tiny_npz, tmp_path / "c", epochs=3, **options), resume=str(last)).epochs == 3
+
+
+def test_a_best_checkpoint_alone_is_not_written_over(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
+    config = one(tiny_npz, tmp_path, epochs=3, compile="off")
+    train(config)
+    folder = tmp_path / "resnet20_4bit"
+    content = read_checkpoint(folder / LAST)
+    write_checkpoint(content, folder / BEST)  # whichever it was
+    for entry in (entry for entry in folder.iterdir() if entry.name != BEST):
+        entry.unlink()
+    before = (folder / BEST).read_bytes()
+    for resume in (None, "auto"):
+        with pytest.raises(ValueError, match=f"epoch 3 of a run whose {LAST} is gone; move it, or name another"):
+            train(config, resume=resume)
+    assert (folder / BEST).read_bytes() == before
+
+
+def test_the_best_checkpoint_comes_along_to_another_folder_or_is_missed(
+    tiny_npz: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"schedule": "step", "compile": "off"}
+    run = train(one(tiny_npz, tmp_path / "a", epochs=2, **options))
+    again = one(tiny_npz, tmp_path / "b", epochs=2, **options)
+    train(again, resume=str(run.folder / LAST))
+    assert (tmp_path / "b/resnet20_4bit" / BEST).read_bytes() == (run.folder / BEST).read_bytes()
+    assert not caplog.messages or "is gone" not in caplog.text
+    (run.folder / BEST).unlink()
+    train(one(tiny_npz, tmp_path / "a", epochs=2, **options), resume="auto")
+    assert f"{BEST}: that of epoch {run.best_epoch}, the best so far, is gone" in caplog.text
+
+
+def test_two_processes_do_not_train_in_one_folder(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "resnet20_4bit"
+    folder.mkdir()
+    other = os.open(folder, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another process trains there; wait for it, or name another --output"):
+        train(one(tiny_npz, tmp_path, epochs=1))
+    assert not list(folder.iterdir())
+    os.close(other)
+    assert train(one(tiny_npz, tmp_path, epochs=1)).epochs == 1
+
+
+def test_images_that_moved_are_normalised_as_they_were(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"arch": "vgg_tiny", "preset": "apot-cifar", "bit": 4, "compile": "off", "epochs": 1}
+    run = train(TrainConfig(data="digits", output=str(tmp_path), **options))
+    digits = load_dataset("digits")
+    for name, images in (("train", digits.train), ("test", digits.test)):
+        assert isinstance(images, ImageSet)
+        np.savez(tmp_path / f"{name}.npz", images=images.images_NHWC.numpy(), labels=images.labels_N.numpy())
+    moved: dict[str, Any] = {"data": str(tmp_path / "train.npz"), "test_data": str(tmp_path / "test.npz")}
+    assert evaluate(run.folder / LAST, data=str(tmp_path / "test.npz")).top1 == run.last
+    again = train(TrainConfig(output=str(tmp_path), **moved, **{**options, "epochs": 2}), resume="auto")
+    elsewhere = train(TrainConfig(data="digits", output=str(tmp_path / "whole"), **{**options, "epochs": 2}))
+    assert again.last == elsewhere.last
+    other = TrainConfig(output=str(tmp_path), mean=(0.5, 0.5, 0.5), **moved, **{**options, "epochs": 3})
+    with pytest.raises(ValueError, match=r"was run with mean = \[0.305, .*, not \[0.5"):
+        train(other, resume="auto")

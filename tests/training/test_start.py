@@ -136,3 +136,13 @@ def test_filters_of_a_quantized_start_are_not_balanced(fp32: RunSummary, tmp_pat
     three = train(config(fp32, tmp_path, epochs=1))
     with pytest.raises(ValueError, match=r"balance_filters: .* has 3 bits; name a float network with --init"):
         train(config(three, tmp_path / "again", bit=2, balance_filters=True))
+
+
+@pytest.mark.parametrize("options", [{"balance_filters": True}, {"reconstruct": 16}])
+def test_a_float_vgg_of_ours_is_a_start_like_any(
+    tiny_npz: tuple[Path, Path], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    images: dict[str, Any] = {"data": str(tiny_npz[0]), "test_data": str(tiny_npz[1]), "arch": "vgg_tiny", "epochs": 1}
+    images |= {"batch_size": 16, "output": str(tmp_path), "compile": "off"}
+    before = train(TrainConfig(bit=32, **images))  # whose convolutions have biases
+    assert train(TrainConfig(bit=4, init=str(before.folder / "model_best.pth.tar"), **images, **options)).epochs == 1
