@@ -101,7 +101,14 @@ def load_subjects(path: Path, group: int = 0, own: str | None = None, **given: A
         folders = sorted(entry.parent for entry in path.rglob(LAST))
         if not folders:
             raise ValueError(f"{path}: neither a run folder (it holds no {LAST}) nor a folder of run folders")
-        runs = [_run(folder, group) for folder in tqdm(folders, desc="read", unit="run", leave=False, disable=None)]
+        runs = []
+        for folder in tqdm(folders, desc="read", unit="run", leave=False, disable=None):
+            try:
+                runs.append(_run(folder, group))
+            except ValueError as error:  # one that has just begun keeps nobody from seeing the others
+                if folder == folders[-1] and not runs:
+                    raise
+                log.warning("not in the report: %s", error)
         return sorted(runs, key=lambda run: (run.config.arch.count("_"), run.config.arch, -run.config.bit))
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; name a run folder, a checkpoint or a packed file")

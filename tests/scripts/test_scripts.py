@@ -115,7 +115,7 @@ def test_progressive_prints_table_and_figure(run: Run, data: tuple[object, ...],
     assert (code, err) == (0, "")
     assert re.search(r"^network +method +bits", out, re.MULTILINE)
     assert Path(out.rsplit("figure: ", 1)[1].strip()).is_file()
-    assert 'init = "out/resnet20_4bit/model_best.pth.tar"' in Path("result/resnet20_3bit/config.toml").read_text()
+    assert 'init = "out/resnet20_4bit/model_best.pth.tar"' in Path("out/resnet20_3bit/config.toml").read_text()
     beside = Path("out/resnet20_2bit/checkpoint.pth.tar")  # of a run that has finished no epoch
     beside.parent.mkdir()
     content = read_checkpoint("out/resnet20_3bit/checkpoint.pth.tar")
@@ -124,6 +124,12 @@ def test_progressive_prints_table_and_figure(run: Run, data: tuple[object, ...],
     assert (code, err) == (0, "")
     assert out.count("finished before, skipped") == 2
     assert "not in the table: out/resnet20_2bit: the run has finished no epoch yet" in out
+    Path("out/resnet20_4bit/model_best.pth.tar").unlink()  # what is drawn is then of the last epoch
+    code, _, err = run("progressive.py", "--config", recipe, "--bits", "4,3", "--output", "out", *data)
+    assert (code, err) == (0, "")
+    code, out, err = run("report.py", "out", "--output", "r.html")
+    assert (code, err) == (0, "")
+    assert "not in the report: out/resnet20_2bit: the run has finished no epoch yet" in out
 
 
 def test_digits_are_the_default_and_a_named_architecture_means_its_papers_data(run: Run) -> None:
