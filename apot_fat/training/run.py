@@ -77,6 +77,8 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
     choose_kernels(config.compile)
     sharding = Sharding(processes.rank, processes.world, config.accumulate)
     sharding.check(config.batch_size)
+    if config.sync_bn and config.compile == "model" and processes.is_distributed:
+        raise ValueError("compile 'model': no graph holds sync_bn's sums over processes; choose auto or quantizers")
     say_unreached_steps(config)
     folder = Path(config.output) / config.run_name
     before = resumed_content(config, resume)
@@ -208,7 +210,7 @@ class _Epochs:
             mode=config.compile,
             device=device,
             cuda_graphs=config.accumulate == 1,
-            batches=config.epochs * sets.train.num_batches,
+            batches=0 if config.sync_bn and processes.is_distributed else config.epochs * sets.train.num_batches,
         )
         network = compiled(state.model)
         self.tested = compiled(state.tested) if state.average else network

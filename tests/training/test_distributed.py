@@ -264,3 +264,9 @@ def test_the_switches_under_two_processes_are_those_of_one(tmp_path: Path, tiny_
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     for name in ("bn1.running_mean", "bn1.running_var", "conv1.weight", "layer1.0.conv1.act_alpha", "fc.bias"):
         torch.testing.assert_close(states[1][name], states[0][name], rtol=1e-2, atol=1e-3)
+
+
+def test_no_graph_is_asked_to_hold_sums_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="compile 'model': no graph holds sync_bn's sums over processes; choose auto"):
+        train(TrainConfig(sync_bn=True, compile="model"))
