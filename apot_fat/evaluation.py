@@ -14,7 +14,7 @@ from apot_fat.checkpoint import fetch_released
 from apot_fat.checkpoint.released import read_manifest
 from apot_fat.quant.diagnosis import odd_layers
 from apot_fat.training import loop
-from apot_fat.training.build import load_config_dataset, make_batches, sample_images
+from apot_fat.training.build import check_classes, load_config_dataset, make_batches, sample_images
 from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
@@ -64,10 +64,7 @@ def evaluate(checkpoint: str | Path, *, model: str | None = None, cache: str | N
     device = choose_device(config.device, config.gpu)
     set_numerics(config.numerics, device)
     dataset = load_config_dataset(config, need_train=False)
-    if opened.num_classes is not None and int(dataset.test.labels_N.max()) >= opened.num_classes:
-        raise ValueError(
-            f"{opened.where}: has {opened.num_classes} outputs, {dataset.name} has {len(dataset.classes)} classes"
-        )
+    check_classes(dataset, opened.num_classes, opened.where)
     network.to(device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)

@@ -64,7 +64,8 @@ def load_dataset(
         image_size: height and width that images are brought to (shorter side resized, centre cropped), pixels.
         val_split: fraction of the training images to hold out, [0, 1).
         seed: chooses the held-out images.
-        need_train: False where only the test images are wanted.
+        need_train: False where only the test images are wanted; classes are still named after the training images'
+            folders, if there are any.
         stream: leave a folder's images on disk; they are then cropped to size as they are decoded.
         on_damaged: what becomes of a folder's unreadable images that are read into memory: ``error``, or ``skip``
             leaves them out and counts them.
@@ -171,6 +172,8 @@ def _from_path(
     train, classes = None, None
     if need_train:
         train, classes = _read_set(train_path, image_size, None, stream, on_damaged)
+    elif test_path.is_dir():  # its folders are numbered among those of training, which it may lack some of
+        classes = _class_names(train_path) if train_path.is_dir() else _read_npz(train_path, None, None)[1]
     test, classes = _read_set(test_path, image_size, classes, stream, on_damaged)
     if isinstance(train, ImageSet) and isinstance(test, ImageSet) and train.size != test.size:
         raise ValueError(f"{path}: training images are {train.size}, test images {test.size}; give --image-size")
@@ -240,9 +243,7 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 def _list_folder(path: Path, classes: tuple[str, ...] | None) -> tuple[FileSet, tuple[str, ...]]:
-    found = tuple(sorted(_class_folders(path)))
-    if not found:
-        raise ValueError(f"{path}: holds no class folders")
+    found = _class_names(path)
     unknown = sorted(set(found) - set(classes or found))
     if unknown:
         raise ValueError(f"{path}: class folder {unknown[0]!r} is not among the training classes")
@@ -256,6 +257,13 @@ def _list_folder(path: Path, classes: tuple[str, ...] | None) -> tuple[FileSet, 
     if not files:
         raise ValueError(f"{path}: its class folders hold no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return FileSet(np.array(files), torch.tensor(labels)), classes
+
+
+def _class_names(path: Path) -> tuple[str, ...]:
+    found = tuple(sorted(_class_folders(path)))
+    if not found:
+        raise ValueError(f"{path}: holds no class folders")
+    return found
 
 
 def _class_folders(path: Path) -> Iterator[str]:

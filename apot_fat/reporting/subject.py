@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from apot_fat.checkpoint import PACKED_SUFFIX, best_accuracy
 from apot_fat.data import Dataset
 from apot_fat.models import find_architecture
-from apot_fat.training.build import load_config_dataset, make_batches, sample_images
+from apot_fat.training.build import check_classes, load_config_dataset, make_batches, sample_images
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.folder import BEST, LAST, best_index, read_run, recorded_shape
@@ -162,9 +162,7 @@ def load_images(
     batch = sample_images(config, dataset.test, torch.device("cpu"))
     if data is None:
         return Images(dataset.name, batch, None)
-    outputs = subject.num_classes
-    if outputs is not None and int(dataset.test.labels_N.max()) >= outputs:
-        raise ValueError(f"{subject.path}: has {outputs} outputs, {dataset.name} has {len(dataset.classes)} classes")
+    check_classes(dataset, subject.num_classes, str(subject.path))
     device = choose_device()
     set_numerics(config.numerics, device)
     model = subject.model.to(device)

@@ -71,6 +71,30 @@ def keep_last_dataset() -> Callable[[TrainConfig], Dataset]:
     return load
 
 
+def check_classes(dataset: Dataset, outputs: int | None, where: str) -> None:
+    """Make sure that a network knows the labels of the test images.
+
+    Args:
+        dataset: the images. Labels of an ``.npz`` are numbers, and there may be fewer than outputs; where classes have
+            names, each output must be one of them.
+        outputs: the network's; None where they are not known.
+        where: what holds the network, as errors call it.
+
+    Raises:
+        ValueError: a label without an output, or more or fewer names than outputs.
+    """
+    if outputs is None:
+        return
+    names = dataset.classes
+    if int(dataset.test.labels_N.max()) >= outputs:
+        raise ValueError(f"{where}: has {outputs} outputs, {dataset.name} has {len(names)} classes")
+    if len(names) != outputs and names != tuple(str(label) for label in range(len(names))):
+        raise ValueError(
+            f"{where}: has {outputs} outputs, {dataset.name} names {len(names)} classes, and which output is which "
+            "cannot be known; give --data the folder that holds the train/ and test/ of its training"
+        )
+
+
 def image_shape(config: TrainConfig, images: ImageSet | FileSet) -> tuple[int, int, int]:
     """(C, H, W) of an image as the network takes it."""
     if isinstance(images, ImageSet):

@@ -30,6 +30,14 @@ def image_folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
+def write_images(folder: Path, count: int = 1, size: tuple[int, int] = (12, 12)) -> None:
+    """A class folder of a few images of random pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        made = torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8)
+        Image.fromarray(made.numpy()).save(folder / f"{index}.png")
+
+
 def test_digits_are_embedded_and_split_by_class() -> None:
     dataset = load_dataset("digits")
     assert isinstance(dataset.train, ImageSet)
@@ -140,6 +148,24 @@ def test_a_broken_link_is_named_with_its_target(image_folder: Path, place: str, 
         message = rf"^{link}: a broken symbolic link to {target} \({reason}[^\n]*\); mend or remove it$"
         with pytest.raises(ValueError, match=message):
             load_dataset(str(image_folder), stream=stream)
+
+
+def test_a_test_folder_that_lacks_a_class_keeps_the_numbers_of_training(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_images(tmp_path / "train" / name)
+    for name in ("b", "c"):
+        write_images(tmp_path / "test" / name)
+    train, test = str(tmp_path / "train"), str(tmp_path / "test")
+    for source, test_source in ((str(tmp_path), None), (str(tmp_path), test), (train, test)):
+        for need_train in (True, False):
+            for stream in (True, False):
+                dataset = load_dataset(source, test_source=test_source, need_train=need_train, stream=stream)
+                assert (dataset.classes, dataset.test.labels_N.tolist()) == (("a", "b", "c"), [1, 2])
+    write_images(tmp_path / "numbered/1")
+    numbers = str(tmp_path / "numbers.npz")
+    np.savez(numbers, images=np.zeros((2, 3, 12, 12), np.uint8), labels=[0, 1])
+    dataset = load_dataset(numbers, test_source=str(tmp_path / "numbered"), need_train=False)
+    assert (dataset.classes, dataset.test.labels_N.tolist()) == (("0", "1"), [1])
 
 
 def test_links_in_a_circle(image_folder: Path) -> None:

@@ -6,14 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from apot_fat import evaluate
 from apot_fat.checkpoint import load_weights, read_checkpoint, write_checkpoint
 from apot_fat.models import create_model
 from apot_fat.quant import QuantConv2d
+from apot_fat.reporting.contents import build_report
+from apot_fat.reporting.subject import load_subjects
 from apot_fat.training import TrainConfig, read_recipe, summarize, train, train_chain
 from apot_fat.training.device import choose_device
 from apot_fat.training.folder import BEST, CONFIG, LAST, METRICS, recorded_shape
@@ -215,3 +219,24 @@ def test_devices(caplog: pytest.LogCaptureFixture) -> None:
     if not torch.cuda.is_available():
         assert choose_device("auto", "0,1").type == "cpu"
         assert "is ignored, running on the CPU" in caplog.text
+
+
+def test_a_checkpoint_is_evaluated_on_the_classes_it_was_trained_on(tmp_path: Path) -> None:
+    for part, names in (("train", "abc"), ("test", "bc")):
+        for label, name in enumerate(names, start="abc".index(names[0])):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for index in range(8):
+                shade = 60 + 80 * label + index
+                Image.new("RGB", (8, 8), (shade, shade, shade)).save(tmp_path / f"images/{part}/{name}/{index}.png")
+    last = train(TrainConfig(data=str(tmp_path / "images"), output=str(tmp_path), epochs=1, batch_size=8)).folder / LAST
+    recorded = read_checkpoint(last)["history"][-1]
+    assert evaluate(last).loss == pytest.approx(recorded["test_loss"], rel=1e-5)
+    alone = str(tmp_path / "images/test")
+    one_line = r"has 3 outputs, .*images/test names 2 classes, .*give --data the folder that holds the train/ and test/ [^\n]*$"
+    with pytest.raises(ValueError, match=one_line):
+        evaluate(last, data=alone)
+    with pytest.raises(ValueError, match=one_line):
+        build_report(load_subjects(last.parent), data=alone)
+    numbers = tmp_path / "two.npz"
+    np.savez(numbers, images=np.full((2, 3, 8, 8), 140, np.uint8), labels=[1, 1])
+    assert evaluate(last, data=str(numbers)).total == 2
