@@ -22,6 +22,8 @@ from apot_fat.data.sharding import Batch, EpochPlan, Planned, PlannedBatches, Sh
 
 AT_ONCE = 1 << 24
 """Pixel values that are cropped, mirrored and normalised in one go: a GPU is told once for many batches."""
+FILE_SIZE = 224
+"""Height and width that image files on disk are brought to unless told, pixels."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
 from apot_fat.data.decoding import UnreadableImageError, UnreadableImages, read_image
-from apot_fat.data.images import FileSet, normalize
+from apot_fat.data.images import FILE_SIZE, FileSet, normalize
 from apot_fat.data.sharding import Batch, EpochPlan, PlannedBatches, Sharding, epoch_generator, mix_seed
 from apot_fat.data.workers import begin_worker, start_fork_server
 from apot_fat.text import one_line
@@ -31,6 +31,7 @@ class FileBatches(PlannedBatches):
         image_size: height and width of the crop, pixels.
         crop: ``resize-crop`` (shorter side to 256 / 224 of the size, random crop; APoT) or ``random-resized-crop``
             (FAT); evaluation takes the centre crop of the former.
+        flip: mirror half of the training images.
         training: a new order every epoch and random crops and mirror images; else in order.
         seed: with the epoch's number it determines order and augmentation.
         channels_last: memory format of the batches.
@@ -47,8 +48,9 @@ class FileBatches(PlannedBatches):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         *,
-        image_size: int = 224,
+        image_size: int = FILE_SIZE,
         crop: str = "resize-crop",
+        flip: bool = True,
         training: bool = False,
         seed: int = 0,
         channels_last: bool = True,
@@ -63,7 +65,7 @@ class FileBatches(PlannedBatches):
         self.channels_last = channels_last
         self.unreadable = UnreadableImages(on_damaged)
         self.sampler = _EpochSampler(self.plan, seed)
-        decode = _DecodedFiles(files, image_size, crop if training else None, seed)
+        decode = _DecodedFiles(files, image_transform(image_size, crop if training else None, flip), image_size, seed)
         self.loader = DataLoader(
             decode,
             batch_sampler=self.sampler,
@@ -116,15 +118,17 @@ def _shorter_side(image_size: int) -> int:
     return round(image_size * 256 / 224)
 
 
-def image_transform(image_size: int, crop: str | None) -> v2.Transform:
+def image_transform(image_size: int, crop: str | None, flip: bool) -> v2.Transform:
     """PIL image → uint8 (3, S, S): the published ImageNet augmentations, or with None the centre crop of evaluation."""
     resize = v2.Resize(_shorter_side(image_size), antialias=True)
     if crop is None:
         steps = [resize, v2.CenterCrop(image_size)]
     elif crop == "resize-crop":
-        steps = [resize, v2.RandomCrop(image_size), v2.RandomHorizontalFlip()]
+        steps = [resize, v2.RandomCrop(image_size)]
     else:
-        steps = [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]
+        steps = [v2.RandomResizedCrop(image_size, antialias=True)]
+    if crop is not None and flip:
+        steps.append(v2.RandomHorizontalFlip())
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
@@ -150,9 +154,9 @@ class _DecodedFiles(TorchDataset[tuple[Tensor | None, int, str]]):
     An item is (image, label, ""), or (None, label, what is wrong with the file).
     """
 
-    def __init__(self, files: FileSet, image_size: int, crop: str | None, seed: int) -> None:
-        self.files, self.seed = files, seed
-        self.shorter_side, self.transform = _shorter_side(image_size), image_transform(image_size, crop)
+    def __init__(self, files: FileSet, transform: v2.Transform, image_size: int, seed: int) -> None:
+        self.files, self.transform, self.seed = files, transform, seed
+        self.shorter_side = _shorter_side(image_size)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, str]:
         epoch, index = key

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apot_fat.data import Batches, ImageSet
+from apot_fat.data import FILE_SIZE, Batches, ImageSet
 from apot_fat.gpu_check.check import Check, Found, Item
 from apot_fat.gpu_check.runs import small_network
 from apot_fat.quant.fake_quant import quantize_activation
@@ -22,7 +22,7 @@ from apot_fat.quant.seam import set_kernels
 from apot_fat.quant.spec import QuantSpec, preset
 from apot_fat.timing import forward_backward, median_milliseconds, passes_over, training_step
 from apot_fat.training import Result, TrainConfig, train_epoch
-from apot_fat.training.build import FILE_SIZE, default_workers, load_config_dataset, make_batches
+from apot_fat.training.build import default_workers, load_config_dataset, make_batches
 from apot_fat.training.compile import compile_network
 from apot_fat.training.device import set_numerics
 from apot_fat.training.network import create_network

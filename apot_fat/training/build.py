@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from apot_fat.data import (
+    FILE_SIZE,
     NAMED,
     Augmentation,
     Batches,
@@ -30,8 +31,6 @@ from apot_fat.training.distributed import in_turns, launched
 from apot_fat.training.objective import Objective
 from apot_fat.training.teacher import load_teacher
 
-FILE_SIZE = 224
-"""Height and width that image files are brought to, pixels."""
 _IMAGES_FIELDS = ("data", "test_data", "data_root", "image_size", "val_split", "loader", "on_damaged", "streams")
 MORE_VIEWS = 3
 """How often ``unlabelled_images`` come as in training, after once as in evaluation."""
@@ -124,7 +123,7 @@ def make_batches(
         augmentation = Augmentation(config.crop_padding, config.flip) if training else None
         return ImageBatches(images, batch_size, device, mean, std, augmentation=augmentation, **options)
     workers = default_workers() if config.workers is None else config.workers
-    options |= {"crop": config.crop, "workers": workers, "on_damaged": config.on_damaged}
+    options |= {"crop": config.crop, "flip": config.flip, "workers": workers, "on_damaged": config.on_damaged}
     return FileBatches(images, batch_size, device, mean, std, image_size=image_shape(config, images)[1], **options)
 
 

@@ -80,7 +80,7 @@ class TrainConfig:
         high=256,
     )
     on_damaged: str = _option("error", "what to do about an unreadable image of a folder", choices=ON_DAMAGED)
-    crop_padding: int = _option(4, "random crop after zero padding, pixels a side", low=0, high=64)
+    crop_padding: int = _option(4, "random crop of images in memory after zero padding, pixels a side", low=0, high=64)
     flip: bool = _option(True, "mirror half of the training images")
 
     batch_size: int = _option(128, "images a step, over all processes and accumulation", "-b", low=1)

@@ -11,6 +11,9 @@ from torchvision.transforms.v2 import functional as vision
 
 from apot_fat.data import FileBatches, FileSet, Sharding, load_dataset
 from apot_fat.data.decoding import read_image
+from apot_fat.data.stream import CROPS
+from apot_fat.training import TrainConfig
+from apot_fat.training.build import make_batches
 
 CPU = torch.device("cpu")
 GREY, UNIT = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -61,6 +64,20 @@ def test_an_epoch_depends_on_seed_and_epoch_alone(files: FileSet, crop: str) -> 
     assert sorted(labels.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert not torch.equal(first, epoch(files, 4, **options)[0])
     assert not torch.equal(first, epoch(files, 3, seed=1, **options)[0])
+
+
+@pytest.mark.parametrize("crop", CROPS)
+def test_images_are_mirrored_only_if_asked(files: FileSet, crop: str) -> None:
+    plain, flipped = (
+        torch.cat([batch.x for batch in make_batches(config, files, CPU, training=True)])
+        for config in (
+            TrainConfig(flip=flip, augment=crop, image_size=24, workers=0, mean=GREY, std=UNIT, batch_size=4)
+            for flip in (False, True)
+        )
+    )
+    same = (flipped == plain).flatten(1).all(1)
+    assert 0 < same.sum() < 9
+    assert torch.equal(torch.where(same[:, None, None, None], plain, plain.flip(3)), flipped)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
