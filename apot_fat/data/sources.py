@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from apot_fat.data.decoding import IMAGE_SUFFIXES, UnreadableImageError, UnreadableImages, read_image
-from apot_fat.data.images import Dataset, FileSet, ImageSet
+from apot_fat.data.images import FILE_SIZE, Dataset, FileSet, ImageSet
 from apot_fat.optional import needed_for
 from apot_fat.quant.spec import nearest
 from apot_fat.text import printable
@@ -31,6 +31,7 @@ from apot_fat.text import printable
 MAX_BYTES_IN_MEMORY = 8 << 30
 MOST_LABEL = 65_535
 """Largest label of an ``.npz`` file: a network has one output a label up to it."""
+_SUFFIXES = ", ".join(sorted(IMAGE_SUFFIXES))
 _ARRAYS = ("images", "labels")
 _THREADS_FROM_PIXELS = 64 * 64  # below, decoding is so short that threads wait on the interpreter: 6.8k images/s with
 # one thread against 3.9k with two at 32 × 32 (2 cores)
@@ -74,8 +75,8 @@ def load_dataset(
         The ``Dataset``; its ``train`` may be None when not needed.
 
     Raises:
-        ValueError: an unknown name, a missing or damaged file, a broken link, images of several sizes without
-            ``image_size``.
+        ValueError: an unknown name, a missing or damaged file, a broken link, a training class without images, images
+            of several sizes without ``image_size``.
     """
     if image_size is not None and not 4 <= image_size <= 1024:
         raise ValueError(f"image_size {image_size}: choose 4 to 1024 pixels")
@@ -97,6 +98,8 @@ def load_dataset(
     for part in (dataset.train, dataset.test):
         if part is not None and int(part.labels_N.max()) >= len(dataset.classes):
             raise ValueError(f"{source}: label {int(part.labels_N.max())} of {len(dataset.classes)} classes")
+    if need_train:
+        _check_sizes(source, dataset, image_size or FILE_SIZE)
     return dataset.with_val_split(val_split, seed)
 
 
@@ -175,9 +178,15 @@ def _from_path(
     elif test_path.is_dir():  # its folders are numbered among those of training, which it may lack some of
         classes = _class_names(train_path) if train_path.is_dir() else _read_npz(train_path, None, None)[1]
     test, classes = _read_set(test_path, image_size, classes, stream, on_damaged)
-    if isinstance(train, ImageSet) and isinstance(test, ImageSet) and train.size != test.size:
-        raise ValueError(f"{path}: training images are {train.size}, test images {test.size}; give --image-size")
     return Dataset(str(path), classes, train, test)
+
+
+def _check_sizes(source: str, dataset: Dataset, streamed: int) -> None:
+    parts = (dataset.train, dataset.test)
+    train, test = (part.size if isinstance(part, ImageSet) else (streamed, streamed) for part in parts)
+    if train != test:
+        shown = "training images are {} × {} pixels, test images {} × {}".format(*train, *test)
+        raise ValueError(f"{source}: {shown}; give --image-size")
 
 
 def _read_set(
@@ -247,15 +256,20 @@ def _list_folder(path: Path, classes: tuple[str, ...] | None) -> tuple[FileSet, 
     unknown = sorted(set(found) - set(classes or found))
     if unknown:
         raise ValueError(f"{path}: class folder {unknown[0]!r} is not among the training classes")
+    is_training = classes is None
     classes = classes or found
     index = {name: label for label, name in enumerate(classes)}
     files, labels = [], []
     for name in found:
         inside = sorted(_image_files(path / name))
+        if is_training and not inside:
+            raise ValueError(
+                f"{path / name}: a class without images ({_SUFFIXES} are read); add some, or remove the folder"
+            )
         files += [os.fsencode(file) for file in inside]
         labels += [index[name]] * len(inside)
     if not files:
-        raise ValueError(f"{path}: its class folders hold no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise ValueError(f"{path}: its class folders hold no images ({_SUFFIXES})")
     return FileSet(np.array(files), torch.tensor(labels)), classes
 
 
@@ -269,6 +283,8 @@ def _class_names(path: Path) -> tuple[str, ...]:
 def _class_folders(path: Path) -> Iterator[str]:
     with os.scandir(path) as entries:
         for entry in entries:
+            if entry.name.startswith("."):  # .ipynb_checkpoints and the like
+                continue
             if entry.is_symlink():
                 _check_link(Path(entry.path))
                 if path.resolve().is_relative_to(Path(entry.path).resolve()):

@@ -79,6 +79,43 @@ def test_folder_mistakes(image_folder: Path) -> None:
         load_dataset(str(image_folder / "train/cat"), test_source=str(image_folder / "val"))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_training_class_without_images_is_refused_and_a_hidden_folder_is_none(
+    image_folder: Path, stream: bool
+) -> None:
+    for part in ("train", "val"):
+        write_images(image_folder / part / ".ipynb_checkpoints")
+    (image_folder / "val/.broken").symlink_to("nowhere")
+    for file in (image_folder / "val/dog").iterdir():
+        file.unlink()  # a test folder may lack images of a class
+    dataset = load_dataset(str(image_folder), stream=stream)
+    assert (dataset.classes, dataset.test.labels_N.tolist()) == (("cat", "dog"), [0, 0])
+    for file in (image_folder / "train/dog").iterdir():
+        file.rename(file.with_suffix(".bmp"))
+    one_line = r"train/dog: a class without images \(\.jpeg, \.jpg, \.png, \.webp are read\); [^\n]*remove the folder$"
+    with pytest.raises(ValueError, match=one_line):
+        load_dataset(str(image_folder), stream=stream)
+    assert load_dataset(str(image_folder), stream=stream, need_train=False).classes == ("cat", "dog")
+
+
+def test_test_images_of_another_size_than_the_training_images_are_refused(image_folder: Path, tmp_path: Path) -> None:
+    other = str(tmp_path / "other.npz")
+    np.savez(other, images=np.zeros((2, 3, 32, 16), np.uint8), labels=[0, 1])
+    more = str(tmp_path / "more.npz")
+    np.savez(more, images=np.zeros((2, 3, 8, 8), np.uint8), labels=[0, 1])
+    cases: list[tuple[str, str, bool, str]] = [
+        ("digits", other, False, "8 × 8 pixels, test images 32 × 16"),
+        (str(image_folder), other, False, "12 × 12 pixels, test images 32 × 16"),
+        (str(image_folder), other, True, "224 × 224 pixels, test images 32 × 16"),
+        (other, more, False, "32 × 16 pixels, test images 8 × 8"),
+    ]
+    for source, test_source, stream, sizes in cases:
+        with pytest.raises(ValueError, match=rf"^{source}: training images are {sizes}; give --image-size$"):
+            load_dataset(source, test_source=test_source, stream=stream)
+        load_dataset(source, test_source=test_source, stream=stream, image_size=16)
+        load_dataset(source, test_source=test_source, stream=stream, need_train=False)
+
+
 @pytest.mark.parametrize("damaged", ["train/cat/0.png", "train/cat/2.png", "train/dog/3.png"])
 @pytest.mark.parametrize("side", [12, 70])  # decoded one by one, or by threads
 def test_damaged_images_are_left_out_and_counted(

@@ -232,7 +232,7 @@ def test_a_checkpoint_is_evaluated_on_the_classes_it_was_trained_on(tmp_path: Pa
     recorded = read_checkpoint(last)["history"][-1]
     assert evaluate(last).loss == pytest.approx(recorded["test_loss"], rel=1e-5)
     alone = str(tmp_path / "images/test")
-    one_line = r"has 3 outputs, .*images/test names 2 classes, .*give --data the folder that holds the train/ and test/ [^\n]*$"
+    one_line = r"has 3 outputs, .*images/test names 2 classes, .*give --data the folder that holds the train/ [^\n]*$"
     with pytest.raises(ValueError, match=one_line):
         evaluate(last, data=alone)
     with pytest.raises(ValueError, match=one_line):
