@@ -37,7 +37,8 @@ class FileBatches(PlannedBatches):
         channels_last: memory format of the batches.
         sharding: this process's part.
         workers: decoding processes; 0 decodes here.
-        on_damaged: ``error`` stops at an unreadable image, ``skip`` leaves it out and counts it.
+        on_damaged: ``error`` stops at an unreadable image, ``skip`` leaves it out and counts it; a batch of such images
+            alone is left out too, but ends training.
     """
 
     def __init__(
@@ -89,13 +90,23 @@ class FileBatches(PlannedBatches):
             for problem in problems:
                 self.unreadable.add(problem)
             if not len(labels):
-                raise ValueError(f"{problems[0]}; a whole batch of unreadable images: mend the data set")
+                self._check_left_out(problems)
+                continue
             images_BHWC = images_BCHW.to(self.device, non_blocking=True).permute(0, 2, 3, 1)
             x = normalize(images_BHWC, self.mean, self.std)
             labels = labels.to(self.device, non_blocking=True)
             memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
             x = x.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
             yield Batch(x, labels, share, ends_step)
+
+    def _check_left_out(self, problems: list[str]) -> None:
+        if self.plan.training:  # every process takes every step
+            raise ValueError(
+                f"{problems[-1]}, like all {len(problems)} images of this process in a step: mend or remove them, or "
+                "give a larger --batch-size"
+            )
+        if len(self.unreadable.found) == self.plan.count:
+            raise ValueError(f"{problems[-1]}; none of {self.plan.count} images can be read: mend them")
 
     def _load(self, start: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         if self.loader.num_workers:

@@ -128,8 +128,13 @@ def make_batches(
 
 
 def sample_images(config: TrainConfig, images: ImageSet | FileSet, device: torch.device) -> Tensor:
-    """A few images as the network takes them, the first of a set: what layers are looked at with."""
-    few = images.subset(torch.arange(min(len(images), MOST_IMAGES)))
+    """A few images as the network takes them, the first of a set: what layers are looked at with.
+
+    Raises:
+        ValueError: none of the set's images can be read.
+    """
+    # of files so many are decoded as it takes until some can be read
+    few = images.subset(torch.arange(min(len(images), MOST_IMAGES))) if isinstance(images, ImageSet) else images
     return next(iter(make_batches(replace(config, workers=0, test_batch_size=MOST_IMAGES), few, device))).x
 
 

@@ -13,7 +13,7 @@ from apot_fat.data import FileBatches, FileSet, Sharding, load_dataset
 from apot_fat.data.decoding import read_image
 from apot_fat.data.stream import CROPS
 from apot_fat.training import TrainConfig
-from apot_fat.training.build import make_batches
+from apot_fat.training.build import make_batches, sample_images
 
 CPU = torch.device("cpu")
 GREY, UNIT = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -127,7 +127,32 @@ def test_a_damaged_image_is_named_or_left_out(files: FileSet, caplog: pytest.Log
         x, labels = epoch(files, on_damaged="skip")
     assert len(x) == len(labels) == 8
     assert f"{broken}: not a readable image (JPEG, PNG or WebP), left out (1 so far)" in caplog.text
-    for index in range(4):
+
+
+def test_a_batch_of_unreadable_images_is_left_out_of_a_test_and_ends_training(
+    files: FileSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, _ = epoch(files)
+    options: dict[str, Any] = {"workers": 0, "image_size": 24, "on_damaged": "skip"}
+    for unreadable, kept in (([8], slice(0, 8)), ([0, 1, 2, 3], slice(4, 8))):
+        for index in unreadable:
+            files.path(index).write_bytes(b"")
+        batches = FileBatches(files, 4, CPU, GREY, UNIT, **options)
+        with caplog.at_level(logging.WARNING, logger="apot_fat"):
+            assert torch.equal(torch.cat([batch.x for batch in batches]), whole[kept])
+    assert "left out (5 so far)" in caplog.text
+    seen = list(FileBatches(files, 4, CPU, GREY, UNIT, sharding=Sharding(1, 3), **options))
+    assert len(seen) == 1  # of three processes; the others have nothing left
+    assert not list(FileBatches(files, 4, CPU, GREY, UNIT, sharding=Sharding(2, 3), **options))
+    config = TrainConfig(on_damaged="skip", image_size=24, workers=0, mean=GREY, std=UNIT)
+    assert torch.equal(sample_images(config, files, CPU), whole[4:8])
+    training = FileBatches(files, 1, CPU, GREY, UNIT, training=True, **options)
+    with pytest.raises(
+        ValueError, match=r"^[^\n]*not a readable image .*all 1 images .* mend or remove .*--batch-size"
+    ):
+        list(training)
+    for index in range(9):
         files.path(index).write_bytes(b"")
-    with pytest.raises(ValueError, match="a whole batch of unreadable images"):
-        epoch(files, on_damaged="skip")
+    for looked_at in (lambda: sample_images(config, files, CPU), lambda: epoch(files, **options)):
+        with pytest.raises(ValueError, match=r"^[^\n]*not a readable image .* none of 9 images can be read[^\n]*$"):
+            looked_at()
