@@ -89,6 +89,11 @@ class Sharding:
         """Optimiser steps an epoch of ``count`` images; a last batch with fewer images than parts is left out."""
         return count // batch_size + (count % batch_size >= self.parts)
 
+    def fewest(self, count: int, batch_size: int) -> int:
+        """Images of the smallest of all the parts of an epoch of ``count`` images, which has a step."""
+        last = count % batch_size
+        return (last if last >= self.parts else batch_size) // self.parts
+
     def training_slices(self, count: int, batch_size: int) -> Iterator[Planned]:
         """This process's (slice of the epoch's order, share, whether it ends a step), in order."""
         for step in range(self.steps(count, batch_size)):

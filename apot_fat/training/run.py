@@ -17,7 +17,7 @@ from apot_fat.data.sharding import mix_seed
 from apot_fat.quant import seam
 from apot_fat.quant.all_layers import clipping_table, keep_thresholds_positive
 from apot_fat.quant.diagnosis import odd_layers
-from apot_fat.quant.watching import evaluation_mode
+from apot_fat.quant.watching import evaluation_mode, watch_inputs
 from apot_fat.text import one_line
 from apot_fat.training.averaging import WeightAverage
 from apot_fat.training.build import (
@@ -98,6 +98,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
         sets = _make_sets(config, dataset, device, sharding)
         classes, is_new = len(dataset.classes), before is None
         state = _make_state(config, classes, shape, sets.train.steps, device, processes, is_new=is_new)
+        _check_batch_norm(state.model, config, sets, sharding)
         if processes.rank:  # dropout of its own; the network is the first process's
             torch.manual_seed(mix_seed(config.seed, processes.rank))
         objective = make_objective(config, classes, device)
@@ -188,6 +189,30 @@ def _make_state(
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     average = WeightAverage(model, config.ema_decay, optimizer) if config.ema_decay else None
     return TrainState(model, optimizer, schedule, scaler, average)
+
+
+@torch.no_grad()
+def _check_batch_norm(model: nn.Module, config: TrainConfig, sets: _Sets, sharding: Sharding) -> None:
+    # over one value a channel it is undefined: before training begins, not at the end of its first epoch
+    count, size, parts = sets.train.num_images, config.batch_size, sharding.parts
+    if sharding.fewest(count, size) > 1:
+        return
+    norms = {m: name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)}
+    single: list[str] = []
+
+    def look(norm: nn.BatchNorm1d | nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0][0, 0].numel() == 1:
+            single.append(norms[norm])
+
+    with evaluation_mode(model), watch_inputs(norms, look), torch.compiler.set_stance("force_eager"):
+        model(sets.sample[:1])
+    if single:
+        others = (*range(size - parts, 0, -parts), *range(size + parts, count + parts, parts))
+        fits = next((other for other in others if sharding.fewest(count, other) > 1), None)
+        raise ValueError(
+            f"batch_size {size}: one of {count} training images would be a batch of its own, where batch norm "
+            f"({single[0]}) has a single value a channel; give {f'--batch-size {fits}' if fits else 'more images'}"
+        )
 
 
 class _Epochs:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -127,3 +128,12 @@ def test_wrong_images_are_refused() -> None:
         ImageSet(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="no images"):
         ImageSet(torch.zeros(0, 4, 4, 3, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+
+
+def test_the_fewest_images_of_a_part() -> None:
+    for world, accumulate, times, count in itertools.product((1, 2, 3), (1, 2), (1, 2, 5), range(1, 40)):
+        shards = [Sharding(rank, world, accumulate) for rank in range(world)]
+        batch_size = shards[0].parts * times
+        parts = [part for shard in shards for part, _, _ in shard.training_slices(count, batch_size)]
+        if parts:
+            assert shards[0].fewest(count, batch_size) == min(part.stop - part.start for part in parts)

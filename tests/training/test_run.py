@@ -240,3 +240,22 @@ def test_a_checkpoint_is_evaluated_on_the_classes_it_was_trained_on(tmp_path: Pa
     numbers = tmp_path / "two.npz"
     np.savez(numbers, images=np.full((2, 3, 8, 8), 140, np.uint8), labels=[1, 1])
     assert evaluate(last, data=str(numbers)).total == 2
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate", "fits"), [(8, 1, 7), (1, 1, 3), (3, 3, 9)])
+def test_a_batch_of_one_image_is_refused_only_where_batch_norm_sees_one_value_a_channel(
+    tmp_path: Path, batch_size: int, accumulate: int, fits: int
+) -> None:
+    def run(side: int, batch_size: int) -> None:
+        path = str(tmp_path / f"{side}.npz")
+        np.savez(path, images=np.random.default_rng(0).integers(0, 256, (9, 3, side, side), np.uint8), labels=[2] * 9)
+        output = str(tmp_path / f"{side}-{batch_size}")
+        options: dict[str, Any] = {"data": path, "test_data": path, "output": output, "epochs": 1, "lr": 0.01}
+        train(TrainConfig(batch_size=batch_size, accumulate=accumulate, **options))
+
+    message = rf"^batch_size {batch_size}: one of 9 training images [^\n]*layer3\.\d[^\n]*; give --batch-size {fits}$"
+    with pytest.raises(ValueError, match=message):
+        run(4, batch_size)  # 1 × 1 where the network ends
+    assert not list(tmp_path.glob("4-*"))
+    run(4, fits)
+    run(8, batch_size)
