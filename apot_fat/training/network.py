@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import runpy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from apot_fat.checkpoint import (
 from apot_fat.models import create_model, find_architecture, list_models, register
 from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.spec import FLOAT_BITS
+from apot_fat.text import one_line
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.recorded import recorded_config
 
@@ -114,7 +117,7 @@ def _open_packed(path: Path, given: dict[str, Any]) -> NetworkFile:
 
 
 def _open_own(path: Path, given: dict[str, Any], own: str) -> NetworkFile:
-    build = _function(own)
+    build = _builder(own)
     name = own.rpartition(":")[2]
     if name not in list_models():
         register(name, "cifar10")(lambda layers, num_classes: build())
@@ -129,18 +132,46 @@ def _open_own(path: Path, given: dict[str, Any], own: str) -> NetworkFile:
     return NetworkFile(where, config, model, linear[-1] if linear else None, content, is_recorded=False)
 
 
-def _function(own: str) -> Callable[[], nn.Module]:
+def _builder(own: str) -> Callable[[], nn.Module]:
+    """What builds a network of one's own; whatever goes wrong in the user's code is a ``ValueError``."""
     file, colon, name = own.rpartition(":")
     if not colon:
         raise ValueError(f"--model {own}: expected FILE.py:FUNCTION")
+    folder = str(Path(file).resolve().parent)
     try:
-        found = runpy.run_path(file).get(name)
-    except Exception as error:  # the user's own code
-        raise ValueError(f"--model {own}: {file!r} does not run ({type(error).__name__}: {error})") from error
-    if not callable(found):
+        with _imports_from(folder):
+            function = runpy.run_path(file).get(name)
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"--model {own}: {file!r} does not run ({reason})") from error
+    if not callable(function):
         raise ValueError(f"--model {own}: no function {name} in {file}; give FILE.py:FUNCTION")
-    build: Callable[[], nn.Module] = found
+    wanted = "expected a function without arguments that returns the network, float"
+
+    def build() -> nn.Module:
+        try:
+            with _imports_from(folder):
+                model = function()
+        except (Exception, SystemExit) as error:
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise ValueError(f"--model {own}: {name}() fails ({reason}); {wanted}") from error
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"--model {own}: {name}() returns {model!r:.60}, not an nn.Module; {wanted}")
+        return model
+
     return build
+
+
+@contextmanager
+def _imports_from(folder: str) -> Iterator[None]:
+    # first, as Python does for a script; afterwards last, for what a network imports when it runs
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def _check_given(where: str, given: dict[str, Any], recorded: TrainConfig) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from torch import nn
 
 from apot_fat import clipping_table, quantize, save_packed
 from apot_fat.quant.layers import threshold_line
@@ -60,4 +63,103 @@ def test_files_of_a_network_of_ones_own(run: Run, tiny_npz: tuple[Path, Path], t
     ):
         code, _, err = run("evaluate.py", "--init", "own.safetensors", *argv, *data)
         assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+
+
+BUILDERS = """
+import own_blocks
+
+
+def small():
+    import own_heads
+
+    return own_heads.add(own_blocks.convs())
+
+
+def needs(classes):
+    return small()
+
+
+def raises():
+    raise RuntimeError("no\\nGPU")
+
+
+def stops():
+    raise SystemExit(0)
+
+
+def nothing():
+    pass
+"""
+BLOCKS = """
+from torch import nn
+
+
+class Convs(nn.Sequential):
+    def forward(self, x):
+        import own_scales
+
+        return super().forward(x) * own_scales.ONE
+
+
+def convs():
+    return Convs(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+"""
+HEADS = """
+from torch import nn
+
+
+def add(convs):
+    return nn.Sequential(convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+"""
+
+
+def small_net(classes: int = 3, channels: int = 3) -> nn.Sequential:
+    convs = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+    return nn.Sequential(convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+
+
+def test_a_network_of_ones_own_may_import_the_files_beside_it(
+    run: Run, tiny_npz: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (("own", BUILDERS), ("own_blocks", BLOCKS), ("own_heads", HEADS), ("own_scales", "ONE = 1.0\n")):
+        (tmp_path / f"{name}.py").write_text(text)
+    before = list(sys.path)
+    monkeypatch.setattr(sys, "path", list(before))
+    torch.save(small_net().state_dict(), "float.pth")
+    model = ("--model", f"{tmp_path}/own.py:small")
+    code, _, err = run("evaluate.py", "--init", "float.pth", *model, "--data", tiny_npz[1])
+    assert (code, err) == (0, "")
+    assert sys.path == [*before, str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("needs", "needs() fails (TypeError: needs() missing 1 required positional argument: 'classes'); expected a "),
+        ("raises", "raises() fails (RuntimeError: no GPU); expected a function without arguments that returns the "),
+        ("stops", "stops() fails (SystemExit: 0)"),
+        ("nothing", "nothing() returns None, not an nn.Module; expected a function without arguments"),
+    ],
+)
+def test_what_does_not_build_a_network_is_refused(run: Run, tmp_path: Path, function: str, message: str) -> None:
+    (tmp_path / "own.py").write_text(BUILDERS.replace("import own_blocks", ""))
+    refused_everywhere(run, f"{tmp_path}/own.py:{function}", message)
+
+
+def test_a_file_that_exits_ends_no_command_in_silence(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)\n")
+    refused_everywhere(run, f"{tmp_path}/exits.py:small", "does not run (SystemExit: 0)")
+
+
+def refused_everywhere(run: Run, own: str, message: str) -> None:
+    torch.save(small_net().state_dict(), "float.pth")
+    for command in (
+        ("evaluate.py", "--init", "float.pth"),
+        ("quantize.py", "--init", "float.pth", "--output", "q.safetensors"),
+        ("export.py", "float.pth", "--to", "onnx", "--output", "net.onnx"),
+        ("report.py", "float.pth", "--output", "r.html"),
+    ):
+        code, _, err = run(*command, "--model", own)
+        assert (code, err.count("\n")) == (2, 1), err
         assert message in err
