@@ -102,6 +102,13 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_normalization_options(parser: argparse.ArgumentParser) -> None:
+    """``--mean`` and ``--std``, for networks whose file does not record them."""
+    options = {option.name: option for option in fields(TrainConfig)}
+    for name in ("mean", "std"):
+        parser.add_argument(f"--{name}", type=_many(float), metavar="X,X,X", help=options[name].metadata["help"])
+
+
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> Request:
     """Parse, and find the recipe.
 

@@ -19,7 +19,7 @@ from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.loop import Result
-from apot_fat.training.network import open_network
+from apot_fat.training.network import log_normalization, open_network
 
 PUBLISHED_ARCH = "res20"  # what the published evaluation line leaves out
 
@@ -65,6 +65,7 @@ def evaluate(checkpoint: str | Path, *, model: str | None = None, cache: str | N
     set_numerics(config.numerics, device)
     dataset = load_config_dataset(config, need_train=False)
     check_classes(dataset, opened.num_classes, opened.where)
+    log_normalization(config)
     network.to(device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)

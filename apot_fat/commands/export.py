@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from apot_fat.checkpoint import output_file
-from apot_fat.command_line import OneLineParser, add_model_option, log
+from apot_fat.command_line import OneLineParser, add_model_option, add_normalization_options, log
 from apot_fat.export import WRITERS, Export
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.reporting.subject import usual_shape
 from apot_fat.training.build import load_config_dataset, make_batches
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.folder import recorded_shape
-from apot_fat.training.network import open_network
+from apot_fat.training.network import log_normalization, open_network
 
 VERIFY_IMAGES = 100
 
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--channels-last", action="store_true", help="qonnx: images are (N, H, W, C), as FINN and hls4ml read them"
     )
+    add_normalization_options(parser)
     add_model_option(parser)
     options = parser.parse_args(argv)
     kind = WRITERS[options.to]
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     kind.check_name(output)
     for suffix in kind.beside:
         output_file(str(output.with_suffix(suffix)), suffix, options.checkpoint)
-    names = ("arch", "bit", "preset", "image_size", "data")
+    names = ("arch", "bit", "preset", "image_size", "data", "mean", "std")
     opened = open_network(options.checkpoint, {name: getattr(options, name) for name in names}, options.model)
     if options.mode == "int8":
         if opened.config.bit == FLOAT_BITS:
@@ -88,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 def _images(config: TrainConfig) -> Tensor:
     is_one_set = Path(config.data).is_file() and config.test_data is None
     dataset = load_config_dataset(config, need_train=not is_one_set)
+    log_normalization(config)
     batches = make_batches(config, dataset.train or dataset.test, torch.device("cpu"))
     found: list[Tensor] = []
     for batch in batches:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from apot_fat.checkpoint import PACKED_SUFFIX, output_file, save_packed
-from apot_fat.command_line import OneLineParser, add_model_option, log
+from apot_fat.command_line import OneLineParser, add_model_option, add_normalization_options, log
 from apot_fat.data import Dataset
 from apot_fat.quant import FLOAT_BITS, Reconstruction, allocate_bits, quantize
 from apot_fat.quant.convert import METHODS
@@ -16,9 +16,9 @@ from apot_fat.training.build import load_config_dataset, make_batches, unlabelle
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.loop import Result, evaluate
-from apot_fat.training.network import open_network
+from apot_fat.training.network import log_normalization, open_network
 
-RUN_OPTIONS = ("arch", "data", "test_data", "image_size", "device", "seed")
+RUN_OPTIONS = ("arch", "data", "test_data", "image_size", "mean", "std", "device", "seed")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     ):
         parser.add_argument(f"--{name.replace('_', '-')}", help=text)
     parser.add_argument("--image-size", type=int, help="height and width of the images, pixels")
+    add_normalization_options(parser)
     add_model_option(parser)
     options = parser.parse_args(argv)
     if options.images < 1:
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(config.device, config.gpu)
     set_numerics(config.numerics, device)
     dataset = load_config_dataset(config)
+    log_normalization(config)
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)

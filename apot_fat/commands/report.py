@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apot_fat.command_line import OneLineParser, add_model_option
+from apot_fat.command_line import OneLineParser, add_model_option, add_normalization_options
 from apot_fat.reporting import report
 
 
@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> None:
         "--data", metavar="NAME", help="test images to measure inputs and accuracy on: as --data of train"
     )
     parser.add_argument("--image-size", type=int, metavar="N", help="height and width of the images, pixels")
+    add_normalization_options(parser)
     parser.add_argument("--arch", "-a", help="network of a checkpoint that records none")
     parser.add_argument("--bit", type=int, help="bits of a checkpoint that records none")
     parser.add_argument("--preset", help="variant of a checkpoint that records none")
@@ -28,6 +29,8 @@ def main(argv: list[str] | None = None) -> None:
         figures=options.figures,
         data=options.data,
         image_size=options.image_size,
+        mean=options.mean,
+        std=options.std,
         model=options.model,
         arch=options.arch,
         bit=options.bit,

@@ -63,6 +63,7 @@ def build_report(
     data: str | None = None,
     image_size: int | None = None,
     progress: Callable[[str], None] = lambda name: None,
+    **normalization: Any,
 ) -> Report:
     """Measure networks and gather what a report shows of them.
 
@@ -71,6 +72,7 @@ def build_report(
         data: images to measure inputs and accuracy on, as ``--data``; by default those a run names, if at hand.
         image_size: height and width of the images, pixels.
         progress: told of each layer as it is done.
+        normalization: ``mean`` and ``std`` of those images, in place of what is known of a network.
 
     Raises:
         ValueError: images that cannot be read or do not fit a network.
@@ -83,7 +85,7 @@ def build_report(
     offsets = _offsets(subjects)
     runs, read = [], read_once()
     for run, subject in enumerate(subjects):
-        images = load_images(subject, data, image_size, read)
+        images = load_images(subject, data, image_size, read, **normalization)
         shape = input_shape(subject, images, image_size)
         cost = cost_report(subject.model, shape)
         batch = images.batch if isinstance(images, Images) else None

@@ -20,7 +20,7 @@ from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.folder import BEST, LAST, best_index, read_run, recorded_shape
 from apot_fat.training.loop import Result, evaluate
-from apot_fat.training.network import open_network
+from apot_fat.training.network import log_normalization, open_network
 from apot_fat.training.recorded import recorded_history
 
 IMAGE_SIZES = {"cifar10": 32, "imagenet": 224}  # pixels, of the data sets of the papers
@@ -129,7 +129,11 @@ def read_once() -> Callable[[TrainConfig], Dataset]:
 
 
 def load_images(
-    subject: Subject, data: str | None, image_size: int | None, read: Callable[[TrainConfig], Dataset]
+    subject: Subject,
+    data: str | None,
+    image_size: int | None,
+    read: Callable[[TrainConfig], Dataset],
+    **normalization: Any,
 ) -> Images | str:
     """Test images for a network: those named, else those its run names if they are at hand. Nothing is downloaded.
 
@@ -138,6 +142,7 @@ def load_images(
         data: as ``--data``; then its accuracy on all of them is measured too, on a GPU where there is one.
         image_size: height and width they are brought to, pixels.
         read: of ``read_once``.
+        normalization: ``mean`` and ``std`` of the images of ``data``, in place of what is known of the network.
 
     Returns:
         The images, or the reason there are none, as a sentence.
@@ -147,7 +152,8 @@ def load_images(
     """
     config = subject.config
     if data is not None:
-        config = replace(config, data=data, test_data=None).normalized_as(config)
+        config = replace(config, data=data, test_data=None, **normalization).normalized_as(config)
+        log_normalization(config)
     elif not subject.trained:
         return "No images: this file names none. Name some with --data."
     elif not _at_hand(config):

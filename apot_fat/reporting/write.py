@@ -29,6 +29,8 @@ def report(
     figures: AnyPath | None = None,
     data: str | None = None,
     image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     model: str | None = None,
     **given: Any,
 ) -> Report:
@@ -41,6 +43,8 @@ def report(
         figures: a folder to write every figure to, as PNG and SVG.
         data: test images to measure inputs and accuracy on, as ``TrainConfig.data``; by default those a run names.
         image_size: height and width of the images, pixels.
+        mean, std: what the images of ``data`` are normalised with, a number a channel in units of 255; by default what
+            a run records, or the published ones.
         model: ``FILE.py:FUNCTION`` that builds the network, float, where it is one of your own.
         given: ``arch``, ``bit`` and ``preset`` of a checkpoint that records none.
 
@@ -50,6 +54,10 @@ def report(
     Raises:
         ValueError: a path that holds no network; an output that is an input, or a file of another kind.
     """
+    normalization = {name: values for name, values in (("mean", mean), ("std", std)) if values is not None}
+    if normalization and data is None:
+        name = next(iter(normalization))
+        raise ValueError(f"{name}: is for images of your own; name them with --data, or leave out {name}")
     several = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     output = output_file(output, ".html", *several)
     subjects = [
@@ -57,7 +65,7 @@ def report(
     ]
     layers = sum(1 for subject in subjects for _ in weight_layers(subject.model))
     with tqdm(total=layers, desc="measure", unit="layer", disable=None) as bar:
-        made = build_report(subjects, data, image_size, lambda name: bar.update() and None)
+        made = build_report(subjects, data, image_size, lambda name: bar.update() and None, **normalization)
     html = page(made)
     with atomic_write(output) as temporary:
         temporary.write_text(html, encoding="utf-8")

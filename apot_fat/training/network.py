@@ -32,6 +32,7 @@ from apot_fat.training.config import TrainConfig
 from apot_fat.training.recorded import recorded_config
 
 _RUN_FOLDER = re.compile(r"(?P<arch>.+)_(?P<bits>\d+)bit")
+_OWN, _OWN_PRESET = "own:", "apot-cifar"  # no network of ours is called so, and FAT has constants of its own for images
 _OF_THE_MACHINE = {"device": "auto", "gpu": None, "workers": None}
 
 log = logging.getLogger("apot_fat")
@@ -106,6 +107,14 @@ def open_network(
     return NetworkFile(where, config, model, classes, content, recorded is not None)
 
 
+def log_normalization(config: TrainConfig) -> None:
+    """Say what the images of a network of one's own are normalised with, which no file of it records."""
+    if config.arch.startswith(_OWN):
+        mean, std = (",".join(map(str, values)) for values in config.normalization())
+        hint = "" if config.mean and config.std else "; if it was trained with others, give --mean and --std"
+        log.info("images are normalised with mean %s, std %s, units of 255%s", mean, std, hint)
+
+
 def _open_packed(path: Path, given: dict[str, Any]) -> NetworkFile:
     model = load_packed(path)
     made: Any = model.created_as
@@ -118,7 +127,7 @@ def _open_packed(path: Path, given: dict[str, Any]) -> NetworkFile:
 
 def _open_own(path: Path, given: dict[str, Any], own: str) -> NetworkFile:
     build = _builder(own)
-    name = own.rpartition(":")[2]
+    name = _OWN + own.rpartition(":")[2]
     if name not in list_models():
         register(name, "cifar10")(lambda layers, num_classes: build())
     if path.suffix == PACKED_SUFFIX:
@@ -128,7 +137,9 @@ def _open_own(path: Path, given: dict[str, Any], own: str) -> NetworkFile:
         model = load_weights(build(), content, label=where).eval()
     bits = [layer.spec.weight_bits for _, layer in threshold_layers(model)]
     linear = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
-    config = TrainConfig.from_dict({**given, "arch": name, "bit": max(bits, default=FLOAT_BITS)}, where)
+    config = TrainConfig.from_dict(
+        {"preset": _OWN_PRESET, **given, "arch": name, "bit": max(bits, default=FLOAT_BITS)}, where
+    )
     return NetworkFile(where, config, model, linear[-1] if linear else None, content, is_recorded=False)
 
 

@@ -147,6 +147,40 @@ def test_what_does_not_build_a_network_is_refused(run: Run, tmp_path: Path, func
     refused_everywhere(run, f"{tmp_path}/own.py:{function}", message)
 
 
+def test_images_of_a_network_of_ones_own_are_normalised_as_said(
+    run: Run, tiny_npz: tuple[Path, Path], tmp_path: Path
+) -> None:
+    names = ("resnet18", "own_small", "small")  # one of ours, one spelled as FAT's networks, and another
+    (tmp_path / "own.py").write_text("from tests.scripts.test_own_network import small_net\n")
+    with (tmp_path / "own.py").open("a") as file:
+        file.writelines(f"{name} = small_net\n" for name in names)
+    torch.manual_seed(0)
+    torch.save(small_net().state_dict(), "float.pth")
+    data = ("--data", tiny_npz[0], "--test-data", tiny_npz[1])
+    usual = "images are normalised with mean 0.491,0.482,0.447, std 0.247,0.243,0.262, units of 255; if it was trained"
+    given = "images are normalised with mean 0.1,0.2,0.3, std 0.5,0.6,0.7, units of 255\n"
+    told = ("--mean", "0.1,0.2,0.3", "--std", "0.5,0.6,0.7")
+    sources = []
+    for name, argv, said in (*((name, (), usual) for name in names), ("small", told, given)):
+        named = ("--model", f"{tmp_path}/own.py:{name}", *argv)
+        commands = (
+            ("quantize.py", "--init", "float.pth", *data, "--output", "q.safetensors"),
+            ("evaluate.py", "--init", "float.pth", "--data", tiny_npz[1]),
+            ("report.py", "float.pth", "--data", tiny_npz[1], "--output", "r.html"),
+            ("export.py", "q.safetensors", "--to", "c", "--data", tiny_npz[1], "--output", "net.c"),
+        )
+        for command in commands:
+            code, out, err = run(*command, *named)
+            assert (code, err) == (0, "")
+            assert said in out
+        sources.append(Path("net.c").read_text())
+    assert sources[0] == sources[1] == sources[2] != sources[3]
+    code, _, err = run("quantize.py", "--init", "float.pth", *data, *named, "--std", "0", "--output", "q.safetensors")
+    assert (code, err.count("\n")) == (2, 1)
+    code, _, err = run("report.py", "float.pth", *named, "--output", "r.html")
+    assert (code, "name them with --data" in err) == (2, True)
+
+
 def test_a_file_that_exits_ends_no_command_in_silence(run: Run, tmp_path: Path) -> None:
     (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)\n")
     refused_everywhere(run, f"{tmp_path}/exits.py:small", "does not run (SystemExit: 0)")
