@@ -19,7 +19,7 @@ from apot_fat.training.compile import compile_network
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.loop import Result
-from apot_fat.training.network import log_normalization, open_network
+from apot_fat.training.network import check_images, log_normalization, open_network
 
 PUBLISHED_ARCH = "res20"  # what the published evaluation line leaves out
 
@@ -69,7 +69,9 @@ def evaluate(checkpoint: str | Path, *, model: str | None = None, cache: str | N
     network.to(device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
-    for sentence in odd_layers(network, sample_images(config, dataset.test, device)):
+    sample = sample_images(config, dataset.test, device)
+    check_images(opened.where, network, sample[:1], dataset)
+    for sentence in odd_layers(network, sample):
         log.warning("%s", sentence)
     # neither is as it was trained: one pass does not earn back a whole graph, and rounded products change classes
     mode, amp = given.get("compile", "auto"), given.get("amp", "off")

@@ -15,7 +15,7 @@ from apot_fat.reporting.subject import usual_shape
 from apot_fat.training.build import load_config_dataset, make_batches
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.folder import recorded_shape
-from apot_fat.training.network import log_normalization, open_network
+from apot_fat.training.network import check_images, log_normalization, open_network
 
 VERIFY_IMAGES = 100
 
@@ -68,6 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     images = _images(opened.config) if options.data else None
     shape = recorded_shape(opened.content, opened.where)
     input_shape = usual_shape(opened.config, shape, options.image_size) if images is None else tuple(images.shape[1:])
+    if images is not None or options.to == "onnx":  # which is compared on noise without images
+        sample = torch.zeros(1, *input_shape) if images is None else images[:1]
+        check_images(opened.where, opened.model, sample)
     mean, std = opened.config.normalization()
     export = Export(
         model=opened.model,

@@ -12,11 +12,11 @@ from apot_fat.command_line import OneLineParser, add_model_option, add_normaliza
 from apot_fat.data import Dataset
 from apot_fat.quant import FLOAT_BITS, Reconstruction, allocate_bits, quantize
 from apot_fat.quant.convert import METHODS
-from apot_fat.training.build import load_config_dataset, make_batches, unlabelled_images
+from apot_fat.training.build import load_config_dataset, make_batches, sample_images, unlabelled_images
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.loop import Result, evaluate
-from apot_fat.training.network import log_normalization, open_network
+from apot_fat.training.network import check_images, log_normalization, open_network
 
 RUN_OPTIONS = ("arch", "data", "test_data", "image_size", "mean", "std", "device", "seed")
 
@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
+    check_images(opened.where, model, sample_images(config, dataset.test, device)[:1], dataset)
 
     output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
     before = _test(model, config, dataset, device)

@@ -20,7 +20,7 @@ from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.folder import BEST, LAST, best_index, read_run, recorded_shape
 from apot_fat.training.loop import Result, evaluate
-from apot_fat.training.network import log_normalization, open_network
+from apot_fat.training.network import check_images, log_normalization, open_network
 from apot_fat.training.recorded import recorded_history
 
 IMAGE_SIZES = {"cifar10": 32, "imagenet": 224}  # pixels, of the data sets of the papers
@@ -166,6 +166,7 @@ def load_images(
             raise
         return f"No images: the run's data ({config.data}) cannot be read any more. Name some with --data."
     batch = sample_images(config, dataset.test, torch.device("cpu"))
+    check_images(subject.path, subject.model, batch[:1], None if data is None else dataset)
     if data is None:
         return Images(dataset.name, batch, None)
     check_classes(dataset, subject.num_classes, str(subject.path))
@@ -182,7 +183,9 @@ def input_shape(subject: Subject, images: Images | str, image_size: int | None) 
     if isinstance(images, Images):
         channels, height, width = images.batch.shape[1:]
         return channels, height, width
-    return usual_shape(subject.config, subject.shape, image_size)
+    shape = usual_shape(subject.config, subject.shape, image_size)
+    check_images(subject.path, subject.model, torch.zeros(1, *shape))
+    return shape
 
 
 def usual_shape(

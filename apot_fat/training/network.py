@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from apot_fat.checkpoint import (
     PACKED_SUFFIX,
@@ -24,6 +25,7 @@ from apot_fat.checkpoint import (
     read_newest,
     torchvision_weights,
 )
+from apot_fat.data import Dataset
 from apot_fat.models import create_model, find_architecture, list_models, register
 from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.spec import FLOAT_BITS
@@ -52,7 +54,7 @@ class NetworkFile:
         where: the file, as errors call it.
         config: that of its run; of a file that records none what is known, the rest being defaults.
         model: the network.
-        num_classes: its outputs; None of a network of one's own that ends in no linear layer.
+        num_classes: its outputs; None of a network of one's own.
         content: what else a checkpoint holds; empty for a packed file.
         is_recorded: whether the file records the config.
     """
@@ -107,6 +109,39 @@ def open_network(
     return NetworkFile(where, config, model, classes, content, recorded is not None)
 
 
+@torch.no_grad()
+def check_images(where: str | Path, model: nn.Module, images: Tensor, dataset: Dataset | None = None) -> None:
+    """Raise ``ValueError`` unless a network takes such images and has an output for every test label of a data set.
+
+    Args:
+        where: the network's file, for the message.
+        model: the network, in evaluation mode.
+        images: one or more, (N, C, H, W), on its device.
+        dataset: what they come from; None for noise, without labels.
+    """
+    channels = images.shape[1]
+    try:
+        logits = model(images)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        own = next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), channels)
+        if own != channels:
+            raise ValueError(
+                f"{where}: takes {own}-channel images, commands read {channels}-channel ones; with yours call "
+                "quantize(net, calibration=images), save_packed, export_onnx, integer_program and cost_report in Python"
+            ) from error
+        size = " × ".join(map(str, images.shape[1:]))
+        reason = f"{type(error).__name__}: {one_line(error):.160}"
+        raise ValueError(f"{where}: refuses images of {size} ({reason}); give their size by --image-size") from error
+    if dataset is None:
+        return
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{where}: gives {shape} for {len(images)} images; commands take logits, (images, classes)")
+    if int(dataset.test.labels_N.max()) >= logits.shape[1]:
+        classes = f"{dataset.name} has {len(dataset.classes)} classes"
+        raise ValueError(f"{where}: has {logits.shape[1]} outputs, {classes}; name images of its classes by --data")
+
+
 def log_normalization(config: TrainConfig) -> None:
     """Say what the images of a network of one's own are normalised with, which no file of it records."""
     if config.arch.startswith(_OWN):
@@ -136,11 +171,10 @@ def _open_own(path: Path, given: dict[str, Any], own: str) -> NetworkFile:
         where, content = f"checkpoint {path}", read_newest(path, log.warning)
         model = load_weights(build(), content, label=where).eval()
     bits = [layer.spec.weight_bits for _, layer in threshold_layers(model)]
-    linear = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
     config = TrainConfig.from_dict(
         {"preset": _OWN_PRESET, **given, "arch": name, "bit": max(bits, default=FLOAT_BITS)}, where
     )
-    return NetworkFile(where, config, model, linear[-1] if linear else None, content, is_recorded=False)
+    return NetworkFile(where, config, model, None, content, is_recorded=False)
 
 
 def _builder(own: str) -> Callable[[], nn.Module]:

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,6 +182,75 @@ def test_images_of_a_network_of_ones_own_are_normalised_as_said(
     assert (code, "name them with --data" in err) == (2, True)
 
 
+GATED = """
+import torch
+from torch import nn
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.conv, self.gate = nn.Linear(8, 3), nn.Conv2d(3, 8, 3), nn.Linear(8, 1)
+
+    def forward(self, x):
+        x = self.conv(x).relu().mean((2, 3))
+        return self.head(x * torch.sigmoid(self.gate(x)))
+
+
+def convolutional():
+    head = nn.Sequential(nn.Conv2d(8, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), head)
+
+
+def unpooled():
+    return nn.Conv2d(3, 3, 3)
+
+
+def fixed_size():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+"""
+
+
+@pytest.mark.parametrize("function", ["Gated", "convolutional"])
+def test_the_outputs_of_a_network_of_ones_own_are_those_it_gives(
+    run: Run, tiny_npz: tuple[Path, Path], tmp_path: Path, function: str
+) -> None:
+    named = saved(tmp_path, GATED, function)
+    assert run("evaluate.py", "--init", "float.pth", *named, "--data", tiny_npz[1])[::2] == (0, "")
+    assert run("report.py", "float.pth", *named, "--data", tiny_npz[1], "--output", "r.html")[::2] == (0, "")
+    refused_with_images(run, named, ("--data", "digits"), "has 3 outputs, digits has 10 classes; name images of its")
+
+
+@pytest.mark.parametrize(
+    ("function", "size", "message"),
+    [
+        (
+            "gray",
+            8,
+            "takes 1-channel images, commands read 3-channel ones; with yours call quantize(net, ",
+        ),
+        (
+            "fixed_size",
+            9,
+            "refuses images of 3 × 9 × 9 (RuntimeError: mat1 and mat2 shapes cannot be multiplied (1x392",
+        ),
+        ("unpooled", 8, "gives (1, 3, 6, 6) for 1 images; commands take logits, (images, classes)"),
+    ],
+)
+def test_images_that_a_network_does_not_take_are_refused(
+    run: Run, tiny_npz: tuple[Path, Path], tmp_path: Path, function: str, size: int, message: str
+) -> None:
+    gray = "\n\ndef gray():\n    from tests.scripts.test_own_network import small_net\n    return small_net(3, 1)\n"
+    named = (*saved(tmp_path, GATED + gray, function), "--image-size", size)
+    refused_with_images(run, named, ("--data", tiny_npz[0], "--test-data", tiny_npz[1]), message)
+    if function != "unpooled":
+        assert message in refused(run, "export.py", "float.pth", *named, "--to", "onnx", "--output", "net.onnx")
+        assert message in refused(run, "report.py", "float.pth", *named, "--output", "r.html")
+        c = ("--to", "c", "--data", tiny_npz[1], "--output", "net.c")
+        assert message in refused(run, "export.py", "float.pth", *named, *c)
+    assert list(Path.cwd().iterdir()) == [Path("float.pth").resolve()]
+
+
 def test_a_file_that_exits_ends_no_command_in_silence(run: Run, tmp_path: Path) -> None:
     (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)\n")
     refused_everywhere(run, f"{tmp_path}/exits.py:small", "does not run (SystemExit: 0)")
@@ -194,6 +264,28 @@ def refused_everywhere(run: Run, own: str, message: str) -> None:
         ("export.py", "float.pth", "--to", "onnx", "--output", "net.onnx"),
         ("report.py", "float.pth", "--output", "r.html"),
     ):
-        code, _, err = run(*command, "--model", own)
-        assert (code, err.count("\n")) == (2, 1), err
-        assert message in err
+        assert message in refused(run, *command, "--model", own)
+
+
+def refused_with_images(run: Run, named: tuple[object, ...], data: tuple[object, ...], message: str) -> None:
+    for command in (
+        ("evaluate.py", "--init", "float.pth", *data),
+        ("quantize.py", "--init", "float.pth", *data, "--output", "q.safetensors"),
+        ("report.py", "float.pth", *data[:2], "--output", "r.html"),
+    ):
+        assert message in refused(run, *command, *named)
+
+
+def saved(folder: Path, source: str, function: str) -> tuple[str, str]:
+    """--model of a network, whose weights are then in float.pth."""
+    (folder / "own.py").write_text(source)
+    namespace: dict[str, Any] = {}
+    exec(source, namespace)
+    torch.save(namespace[function]().state_dict(), "float.pth")
+    return "--model", f"{folder}/own.py:{function}"
+
+
+def refused(run: Run, *command: object) -> str:
+    code, _, err = run(*command)
+    assert (code, err.count("\n")) == (2, 1), err
+    return err
