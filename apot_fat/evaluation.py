@@ -92,10 +92,12 @@ def evaluate_released(name: str, *, model: str | None = None, cache: str | None 
     Raises:
         ValueError: as ``evaluate``, and as ``fetch_released``.
     """
+    if model is not None:
+        raise ValueError(f"--model {model} with --released {name}: its network is one of ours; leave out --model")
     entry, path = fetch_released(name, cache)
     of = f" on {entry.images}" if entry.images else ""
     log.info("%s: %s top-1 %.2f%%%s", entry.name, "recorded" if entry.file else "published", entry.top1, of)
     known: dict[str, Any] = {"arch": entry.arch, "preset": entry.preset, "bit": entry.bits}
     if entry.data:
         known["data"] = entry.data
-    return evaluate(path, model=model, **(known | given))
+    return evaluate(path, **(known | given))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from apot_fat.checkpoint import output_file
 from apot_fat.command_line import OneLineParser, add_model_option, add_normalization_options, log
-from apot_fat.export import WRITERS, Export
+from apot_fat.export import WRITERS, Export, FileKind
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.reporting.subject import usual_shape
 from apot_fat.training.build import load_config_dataset, make_batches
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="a checkpoint, ours or released")
     parser.add_argument("--to", choices=list(WRITERS), required=True, help="kind of file")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
-    parser.add_argument("--mode", choices=["float", "int8"], default="float", help="onnx: arithmetic (default: float)")
+    parser.add_argument("--mode", choices=["float", "int8"], help="onnx: arithmetic (default: float)")
     parser.add_argument("--arch", help="network; our checkpoints record theirs")
     parser.add_argument("--bit", type=int, help="bits; our checkpoints record theirs")
     parser.add_argument("--preset", help="quantization variant; by default what the spelling of --arch stands for")
@@ -38,13 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--grid-bits",
         type=int,
-        default=Export.grid_bits,
-        help=f"c, qonnx, vectors: bits of skip connections beside the sign (default: {Export.grid_bits})",
+        help=f"c, qonnx, vectors, verilog: bits of skip connections beside the sign (default: {Export.grid_bits})",
     )
     parser.add_argument(
         "--accumulator-bits",
         type=int,
-        default=Export.accumulator_bits,
         help=f"the same: bits of sums beside the sign; float32 carries 24 (default: {Export.accumulator_bits})",
     )
     parser.add_argument(
@@ -54,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     add_model_option(parser)
     options = parser.parse_args(argv)
     kind = WRITERS[options.to]
+    _refuse_idle(options, kind)
     output = output_file(options.output, kind.suffix, options.checkpoint)
     kind.check_name(output)
     for suffix in kind.beside:
@@ -79,14 +79,27 @@ def main(argv: list[str] | None = None) -> None:
         images=images,
         mean=mean,
         std=std,
-        mode=options.mode,
+        mode=options.mode or Export.mode,
         products="multiply" if options.multiply else "shift",
-        grid_bits=options.grid_bits,
-        accumulator_bits=options.accumulator_bits,
+        grid_bits=Export.grid_bits if options.grid_bits is None else options.grid_bits,
+        accumulator_bits=Export.accumulator_bits if options.accumulator_bits is None else options.accumulator_bits,
         channels_last=options.channels_last,
     )
     said = kind.write(export)
     log.info("%s: %s", output, said)
+
+
+def _refuse_idle(options: argparse.Namespace, kind: FileKind) -> None:
+    # options that would make no difference
+    for name in dict.fromkeys(name for other in WRITERS.values() for name in other.takes):
+        flag = f"--{name.replace('_', '-')}"
+        if getattr(options, name) in (None, False):
+            continue
+        if name not in kind.takes:
+            kinds = ", ".join(to for to, other in WRITERS.items() if name in other.takes)
+            raise ValueError(f"{flag} with --to {options.to}: is for {kinds}; leave it out")
+        if name in ("mean", "std") and options.data is None:
+            raise ValueError(f"{flag}: is for the images of --data; name some, or leave it out")
 
 
 def _images(config: TrainConfig) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 
 import torch
@@ -12,6 +13,10 @@ from apot_fat.command_line import OneLineParser, add_model_option, add_normaliza
 from apot_fat.data import Dataset
 from apot_fat.quant import FLOAT_BITS, Reconstruction, allocate_bits, quantize
 from apot_fat.quant.convert import METHODS
+from apot_fat.quant.convert.plan import EDGE_BITS, base_spec
+from apot_fat.quant.integers import integer_weight
+from apot_fat.quant.layers import QuantLinear
+from apot_fat.quant.spec import LOW_BITS
 from apot_fat.training.build import load_config_dataset, make_batches, sample_images, unlabelled_images
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
@@ -19,6 +24,7 @@ from apot_fat.training.loop import Result, evaluate
 from apot_fat.training.network import check_images, log_normalization, open_network
 
 RUN_OPTIONS = ("arch", "data", "test_data", "image_size", "mean", "std", "device", "seed")
+AVERAGE_CHOICES = (2, 3, 4, 5, 8)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,22 +34,23 @@ def main(argv: list[str] | None = None) -> None:
         "--init", required=True, metavar="PATH", help="a full-precision checkpoint, ours or released; or torchvision"
     )
     parser.add_argument("--output", required=True, metavar="FILE", help=f"the packed file to write ({PACKED_SUFFIX})")
-    parser.add_argument("--bits", type=int, default=4, help="of weights and inputs, 2 to 8 (default: 4)")
-    parser.add_argument("--average", type=float, help="bits a weight, chosen layer by layer, in place of --bits")
+    how_many = parser.add_mutually_exclusive_group()
+    how_many.add_argument(
+        "--bits", type=int, choices=LOW_BITS, default=4, metavar="N", help="of weights and inputs, 2 to 8 (default: 4)"
+    )
+    how_many.add_argument("--average", type=float, help="bits a weight, chosen layer by layer, in place of --bits")
     parser.add_argument("--method", choices=list(METHODS), default="apot", help="levels (default: apot)")
     parser.add_argument(
         "--images", type=int, default=1024, help="training images to look at, no labels (default: 1024)"
     )
     parser.add_argument("--no-augment", action="store_true", help="look at them as they are, not also as in training")
     parser.add_argument("--reconstruct", action="store_true", help="tune each block to what it computed, on them")
-    parser.add_argument("--steps", type=int, default=Reconstruction.steps, help="of each block (default: %(default)s)")
+    for name, text in (("steps", "of each block"), ("joint_steps", "of all blocks together")):
+        default = getattr(Reconstruction, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"--reconstruct: {text} (default: {default})")
     parser.add_argument(
-        "--joint-steps",
-        type=int,
-        default=Reconstruction.joint_steps,
-        help="of all blocks together (default: %(default)s)",
+        "--edge-bits", type=int, choices=EDGE_BITS, default=8, help="of first and last layer: 8, or 32 for float"
     )
-    parser.add_argument("--edge-bits", type=int, default=8, help="of first and last layer: 8, or 32 for float")
     parser.add_argument("--seed", type=int, default=0, help="of images and reconstruction (default: 0)")
     for name, text in (
         ("arch", "network; our checkpoints record theirs"),
@@ -58,6 +65,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.images < 1:
         raise ValueError(f"--images {options.images}: give at least 1")
+    tuning = _reconstruction(options)
+    choices = [bits for bits in AVERAGE_CHOICES if _why_not_packed(options.method, bits) is None]
+    if options.average is not None and not choices[0] <= options.average <= choices[-1]:
+        raise ValueError(f"--average {options.average:g}: choose a number from {choices[0]} to {choices[-1]}")
+    if options.average is None and (reason := _why_not_packed(options.method, options.bits)) is not None:
+        raise ValueError(f"--method {options.method} --bits {options.bits}: no packed file holds it ({reason})")
     output = output_file(options.output, PACKED_SUFFIX, options.init)
     if output.suffix != PACKED_SUFFIX:
         raise ValueError(f"--output {output}: a packed file ends in {PACKED_SUFFIX}")
@@ -82,9 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     begun = time.monotonic()
     overrides = None
     if options.average is not None:
-        overrides = allocate_bits(model, images, options.average, method=options.method)
+        overrides = allocate_bits(model, images, options.average, choices, method=options.method)
         log.info("%s\n", overrides)
-    tuning = Reconstruction(options.steps, options.joint_steps, seed=config.seed)
     conversion = quantize(
         model,
         options.bits,
@@ -92,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         edge_bits=options.edge_bits,
         overrides=overrides,
         calibration=images,
-        reconstruct=tuning if options.reconstruct else False,
+        reconstruct=tuning or False,
     )
     seconds = time.monotonic() - begun
     size = save_packed(model, output)
@@ -104,6 +116,23 @@ def main(argv: list[str] | None = None) -> None:
         counts = f"{result.correct:,} of {result.total:,} correct"
         log.info("%s, %.3f%%: %s (%s, test)", counts, result.top1, network, config.test_data or dataset.name)
     log.info("%s: %s bytes, in %.0f s", output, f"{size:,}", seconds)
+
+
+def _reconstruction(options: argparse.Namespace) -> Reconstruction | None:
+    steps = {name: value for name in ("steps", "joint_steps") if (value := getattr(options, name)) is not None}
+    if options.reconstruct:
+        return Reconstruction(seed=options.seed, **steps)
+    for name in steps:
+        raise ValueError(f"--{name.replace('_', '-')} {steps[name]}: counts steps of --reconstruct, which is not given")
+    return None
+
+
+def _why_not_packed(method: str, bits: int) -> str | None:
+    try:
+        integer_weight(QuantLinear(1, 1, spec=base_spec(method, bits)))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _test(model: nn.Module, config: TrainConfig, dataset: Dataset, device: torch.device) -> Result:

@@ -149,24 +149,30 @@ def _any_name(path: Path) -> None:
     """Every name will do."""
 
 
+_IMAGES = ("data", "mean", "std")
+_PROGRAM = (*_IMAGES, "grid_bits", "accumulator_bits")
+
+
 class FileKind(NamedTuple):
     """A kind of file.
 
     ``suffix``: the one that is custom; ``write``: what writes it and says what to log; ``check_name``: what raises
-    ``ValueError`` of a name that will not do; ``beside``: suffixes of what is written beside it.
+    ``ValueError`` of a name that will not do; ``beside``: suffixes of what is written beside it; ``takes``: the options
+    that make a difference to it, of those that not every kind has.
     """
 
     suffix: str
     write: Callable[[Export], str]
     check_name: Callable[[Path], None] = _any_name
     beside: tuple[str, ...] = ()
+    takes: tuple[str, ...] = _IMAGES
 
 
 WRITERS = {
-    "onnx": FileKind(".onnx", write_onnx),
-    "packed": FileKind(PACKED_SUFFIX, write_packed),
-    "qonnx": FileKind(".onnx", write_qonnx),
-    "c": FileKind(".c", write_c, check_c_file, (".h",)),
-    "verilog": FileKind(".v", write_verilog, check_verilog_file),
-    "vectors": FileKind(".npz", write_vectors, _check_vectors),
+    "onnx": FileKind(".onnx", write_onnx, takes=(*_IMAGES, "mode")),
+    "packed": FileKind(PACKED_SUFFIX, write_packed, takes=()),
+    "qonnx": FileKind(".onnx", write_qonnx, takes=(*_PROGRAM, "channels_last")),
+    "c": FileKind(".c", write_c, check_c_file, (".h",), (*_PROGRAM, "multiply")),
+    "verilog": FileKind(".v", write_verilog, check_verilog_file, takes=_PROGRAM),
+    "vectors": FileKind(".npz", write_vectors, _check_vectors, takes=_PROGRAM),
 }

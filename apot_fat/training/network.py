@@ -28,6 +28,7 @@ from apot_fat.checkpoint import (
 from apot_fat.data import Dataset
 from apot_fat.models import create_model, find_architecture, list_models, register
 from apot_fat.quant.all_layers import threshold_layers
+from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.text import one_line
 from apot_fat.training.config import TrainConfig
@@ -161,6 +162,12 @@ def _open_packed(path: Path, given: dict[str, Any]) -> NetworkFile:
 
 
 def _open_own(path: Path, given: dict[str, Any], own: str) -> NetworkFile:
+    for option in ("arch", "preset"):
+        if option in given:
+            value = given[option]
+            raise ValueError(
+                f"--model {own} with --{option} {value}: the function says what it is; leave out --{option}"
+            )
     build = _builder(own)
     name = _OWN + own.rpartition(":")[2]
     if name not in list_models():
@@ -171,9 +178,11 @@ def _open_own(path: Path, given: dict[str, Any], own: str) -> NetworkFile:
         where, content = f"checkpoint {path}", read_newest(path, log.warning)
         model = load_weights(build(), content, label=where).eval()
     bits = [layer.spec.weight_bits for _, layer in threshold_layers(model)]
-    config = TrainConfig.from_dict(
-        {"preset": _OWN_PRESET, **given, "arch": name, "bit": max(bits, default=FLOAT_BITS)}, where
-    )
+    if not bits:  # a small network may be its first and last layer alone
+        bits = [layer.spec.weight_bits for layer in model.modules() if isinstance(layer, AnyQuantized)]
+    known = {"preset": _OWN_PRESET, "arch": name, "bit": max(bits, default=FLOAT_BITS)}
+    _check_given(where, given, TrainConfig.from_dict(known, where))
+    config = TrainConfig.from_dict(known | given, where)
     return NetworkFile(where, config, model, None, content, is_recorded=False)
 
 

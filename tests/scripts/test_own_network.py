@@ -251,6 +251,41 @@ def test_images_that_a_network_does_not_take_are_refused(
     assert list(Path.cwd().iterdir()) == [Path("float.pth").resolve()]
 
 
+def test_what_is_said_beside_a_network_of_ones_own_must_hold(
+    run: Run, tiny_npz: tuple[Path, Path], tmp_path: Path
+) -> None:
+    named = saved(tmp_path, GATED, "Gated")
+    data = ("--data", tiny_npz[0], "--test-data", tiny_npz[1])
+    quantized = ("--init", "q.safetensors", *named, *data)
+    assert run("quantize.py", "--init", "float.pth", *named, *data, "--bits", 4, "--output", "q.safetensors")[0] == 0
+    network = small_net()
+    quantize(network, bits=4, exclude=["0.2"])  # what remains is the first and the last layer
+    save_packed(network, "edges.safetensors")
+    (tmp_path / "edges.py").write_text("from tests.scripts.test_own_network import small_net\n")
+    edges = ("--init", "edges.safetensors", "--model", f"{tmp_path}/edges.py:small_net")
+    assert run("evaluate.py", *quantized, "--bit", 4)[::2] == (0, "")
+    for command, message in (
+        (("evaluate.py", *quantized, "--bit", 2), "holds a network of 4 bits, not 2; leave out --bit"),
+        (
+            ("evaluate.py", *quantized, "--arch", "res20"),
+            "--arch res20: the function says what it is; leave out --arch",
+        ),
+        (("evaluate.py", *quantized, "--preset", "lsq"), "--preset lsq: the function says what it is; leave out --pre"),
+        (("evaluate.py", "--released", "apot_res20_3bit", *named), "its network is one of ours; leave out --model"),
+        (
+            ("quantize.py", "--init", "float.pth", *named, "--arch", "res20", "--output", "r.safetensors"),
+            "leave out --ar",
+        ),
+        (
+            ("quantize.py", *quantized, "--output", "r.safetensors"),
+            "holds a network of 4 bits; give the full-precision",
+        ),
+        (("quantize.py", *edges, "--output", "r.safetensors"), "holds a network of 8 bits; give the full-precision"),
+    ):
+        assert message in refused(run, *command)
+    assert not Path("r.safetensors").exists()
+
+
 def test_a_file_that_exits_ends_no_command_in_silence(run: Run, tmp_path: Path) -> None:
     (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)\n")
     refused_everywhere(run, f"{tmp_path}/exits.py:small", "does not run (SystemExit: 0)")

@@ -33,7 +33,7 @@ SMALL: dict[str, tuple[object, ...]] = {
     "train.py": ("--epochs", 1, "-b", 16),
     "progressive.py": ("--epochs", 1, "-b", 16, "--bits", "4,3", "--reconstruct", 0),
 }
-SMALL["quantize.py"] = ("--images", 2, "--steps", 1, "--joint-steps", 1)
+SMALL["quantize.py"] = ("--images", 2, "--reconstruct", "--steps", 1, "--joint-steps", 1)
 EXCEPTED = {
     "torchrun": "several GPUs; tests/training/test_distributed.py runs two processes",
     "--config imagenet/": "ImageNet; tests/training/test_recipes.py reads every recipe",

@@ -199,6 +199,23 @@ def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
             (quantized, *to_int8, "--bit", 3),
             "are measured on images: name some with --data",
         ),
+        *(
+            ("export.py", (quantized, "--arch", "res20", "--bit", 3, "--to", kind, "--output", name, *argv), message)
+            for kind, name, argv, message in (
+                ("packed", "q.safetensors", ("--mode", "int8"), "--mode with --to packed: is for onnx; leave it out"),
+                (
+                    "packed",
+                    "q.safetensors",
+                    ("--grid-bits", 9),
+                    "--grid-bits with --to packed: is for qonnx, c, verilog",
+                ),
+                ("packed", "q.safetensors", ("--multiply",), "--multiply with --to packed: is for c; leave it out"),
+                ("packed", "q.safetensors", ("--channels-last",), "--channels-last with --to packed: is for qonnx;"),
+                ("packed", "q.safetensors", ("--data", many), "--data with --to packed: is for onnx, qonnx, c"),
+                ("onnx", "q.onnx", ("--accumulator-bits", 9), "--accumulator-bits with --to onnx: is for qonnx, c"),
+                ("onnx", "q.onnx", ("--mean", "0,0,0"), "--mean: is for the images of --data; name some, or leave it"),
+            )
+        ),
         ("train.py", ("--resume", full), "not written by a training run of apot-fat"),
         ("progressive.py", ("--bits", "4,9"), "bits 9: choose an integer"),
         (
@@ -212,11 +229,17 @@ def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
         *(
             ("quantize.py", ("--init", full, "--arch", "res20", "--output", "q.safetensors", *data, *argv), message)
             for argv, message in (
-                (("--bits", 9), "bits 9: choose an integer from 2 to 8"),
-                (("--edge-bits", 4), "edge_bits 4: choose 8, or 32"),
+                (("--bits", 9), "argument --bits: invalid choice: 9"),
+                (("--bits", 32), "argument --bits: invalid choice: 32"),
+                (("--edge-bits", 4), "argument --edge-bits: invalid choice: 4"),
+                (("--bits", 3, "--average", 3), "argument --average: not allowed with argument --bits"),
                 (("--images", 0), "--images 0: give at least 1"),
-                (("--average", 1), "average 1: 2 bits in every layer take 2 already"),
+                (("--average", 1), "--average 1: choose a number from 2 to 8"),
                 (("--reconstruct", "--steps", -1), "steps -1: choose a number from 0"),
+                (("--steps", 7), "--steps 7: counts steps of --reconstruct, which is not given"),
+                (("--joint-steps", 0), "--joint-steps 0: counts steps of --reconstruct, which is not given"),
+                (("--method", "pot", "--bits", 7), "--method pot --bits 7: no packed file holds it (levels over 4611"),
+                (("--method", "pot", "--average", 6), "--average 6: choose a number from 2 to 5"),
                 (("--method", "fft"), "invalid choice: 'fft'"),
             )
         ),
