@@ -10,6 +10,8 @@ from apot_fat.checkpoint import PACKED_SUFFIX, checkpoint_thresholds, packed_thr
 from apot_fat.command_line import OneLineParser, say
 from apot_fat.quant.layers import threshold_line
 from apot_fat.text import aligned, bar, csv_cell
+from apot_fat.training.folder import BEST
+from apot_fat.training.network import best_of_run
 
 HEAD = ("layer", "weight_alpha", "act_alpha")
 
@@ -17,13 +19,16 @@ HEAD = ("layer", "weight_alpha", "act_alpha")
 def main(argv: list[str] | None = None) -> None:
     """Print the published line of every quantized layer, or a table."""
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("checkpoint", help="a checkpoint, ours, released, or packed (.safetensors)")
+    parser.add_argument("checkpoint", help="a checkpoint, ours, released, or packed (.safetensors); or a run folder")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--table", action="store_true", help="an aligned table with bars")
     form.add_argument("--csv", action="store_true", help=f"comma-separated: {','.join(HEAD)}")
     form.add_argument("--json", action="store_true", help="a list of objects with those keys")
     options = parser.parse_args(argv)
-    rows = read_thresholds(options.checkpoint)
+    path = str(best_of_run(options.checkpoint))
+    if path != options.checkpoint and not options.csv and not options.json:
+        say(f"{options.checkpoint}: its {BEST}")
+    rows = read_thresholds(path)
     if options.table:
         say(table(rows))
     elif options.csv:
@@ -50,7 +55,9 @@ def read_thresholds(path: str) -> list[Row]:
         found = checkpoint_thresholds(read_checkpoint(path), f"checkpoint {path}")
     rows = [(name, *alphas) for name, alphas in found.items()]
     if not rows:
-        raise ValueError(f"checkpoint {path}: holds no clipping thresholds, it is full precision")
+        raise ValueError(
+            f"checkpoint {path}: holds no clipping thresholds: its layers are float, or 8-bit, without any"
+        )
     return rows
 
 

@@ -31,7 +31,7 @@ from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.text import one_line
-from apot_fat.training.config import TrainConfig
+from apot_fat.training.config import BEST, TrainConfig
 from apot_fat.training.recorded import recorded_config
 
 _RUN_FOLDER = re.compile(r"(?P<arch>.+)_(?P<bits>\d+)bit")
@@ -68,13 +68,26 @@ class NetworkFile:
     is_recorded: bool
 
 
+def best_of_run(source: str | Path) -> str | Path:
+    """The best checkpoint of a run folder; any other path as it is.
+
+    Raises:
+        ValueError: a folder without one.
+    """
+    if not Path(source).is_dir():
+        return source
+    if not (Path(source) / BEST).is_file():
+        raise ValueError(f"{source}: is no run folder, it holds no {BEST}; name a checkpoint or a run folder")
+    return Path(source) / BEST
+
+
 def open_network(
     source: str | Path, given: dict[str, Any] | None = None, own: str | None = None, **assumed: Any
 ) -> NetworkFile:
     """Open a checkpoint, ours or published, a packed file, or torchvision's weights.
 
     Args:
-        source: its path, or ``torchvision``.
+        source: its path, or that of a run folder, whose best checkpoint it is then; or ``torchvision``.
         given: config values of the command line. ``arch``, ``bit`` and ``preset`` must be those that the file records;
             the others come over its own.
         own: ``FILE.py:FUNCTION`` that builds a network of one's own, float, which the file's weights are for.
@@ -87,6 +100,9 @@ def open_network(
     given = {name: value for name, value in (given or {}).items() if value is not None}
     if "data" in given:
         given.setdefault("test_data", None)  # the recorded one belongs to other data
+    if source != TORCHVISION and (found := best_of_run(source)) != source:
+        log.info("%s: its %s", source, BEST)
+        source = found
     if own is not None:
         return _open_own(Path(source), given, own)
     if Path(source).suffix == PACKED_SUFFIX:

@@ -280,6 +280,7 @@ def test_what_is_said_beside_a_network_of_ones_own_must_hold(
             ("quantize.py", *quantized, "--output", "r.safetensors"),
             "holds a network of 4 bits; give the full-precision",
         ),
+        (("show_params.py", "edges.safetensors"), "holds no clipping thresholds: its layers are float, or 8-bit"),
         (("quantize.py", *edges, "--output", "r.safetensors"), "holds a network of 8 bits; give the full-precision"),
     ):
         assert message in refused(run, *command)

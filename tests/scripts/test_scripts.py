@@ -132,6 +132,28 @@ def test_progressive_prints_table_and_figure(run: Run, data: tuple[object, ...],
     assert "not in the report: out/resnet20_2bit: the run has finished no epoch yet" in out
 
 
+def test_a_run_folder_stands_for_its_best_checkpoint(run: Run, data: tuple[object, ...]) -> None:
+    assert run("train.py", "--arch", "res20", "--bit", 3, "--epochs", 1, *data)[0] == 0
+    folder, best = Path("result/res20_3bit"), Path("result/res20_3bit/model_best.pth.tar")
+    said = f"{folder}: its model_best.pth.tar\n"
+    for script, options in (
+        ("show_params.py", ()),
+        ("show_params.py", ("--table",)),
+        ("evaluate.py", ("--init",)),
+        ("export.py", ("--to", "onnx", "--output", "net.onnx")),
+    ):
+        code, out, err = run(script, *options, folder)
+        assert (code, err) == (0, "")
+        of_file = run(script, *options, best)[1]
+        timed = r"Time [\d.]+ \([\d.]+\)"
+        assert re.sub(timed, "", out) == said + re.sub(timed, "", of_file)
+    assert run("show_params.py", folder, "--json") == run("show_params.py", best, "--json")
+    for script, option in (("show_params.py", ()), ("evaluate.py", ("--init",))):
+        code, _, err = run(script, *option, "result")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "result: is no run folder, it holds no model_best.pth.tar" in err
+
+
 def test_digits_are_the_default_and_a_named_architecture_means_its_papers_data(run: Run) -> None:
     code, out, _ = run("train.py", "--epochs", 1, "--batch-size", 512, "--bit", 4)
     assert code == 0
