@@ -8,8 +8,9 @@ import sys
 
 from apot_fat.checkpoint import PACKED_SUFFIX, checkpoint_thresholds, packed_thresholds, read_checkpoint
 from apot_fat.command_line import OneLineParser, say
+from apot_fat.quant.all_layers import ThresholdRow, threshold_table
 from apot_fat.quant.layers import threshold_line
-from apot_fat.text import aligned, bar, csv_cell
+from apot_fat.text import csv_cell
 from apot_fat.training.folder import BEST
 from apot_fat.training.network import best_of_run
 
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{options.checkpoint}: its {BEST}")
     rows = read_thresholds(path)
     if options.table:
-        say(table(rows))
+        say(threshold_table(rows))
     elif options.csv:
         csv.writer(sys.stdout, lineterminator="\n").writerows([HEAD, *(tuple(map(csv_cell, row)) for row in rows)])
     elif options.json:
@@ -40,10 +41,7 @@ def main(argv: list[str] | None = None) -> None:
             say(threshold_line(weight_alpha, act_alpha))
 
 
-Row = tuple[str, float | None, float | None]
-
-
-def read_thresholds(path: str) -> list[Row]:
+def read_thresholds(path: str) -> list[ThresholdRow]:
     """Layer, weight threshold and activation threshold of every quantized layer; None for a float side.
 
     Raises:
@@ -59,16 +57,3 @@ def read_thresholds(path: str) -> list[Row]:
             f"checkpoint {path}: holds no clipping thresholds: its layers are float, or 8-bit, without any"
         )
     return rows
-
-
-def table(rows: list[Row]) -> str:
-    """Thresholds in columns, each with a bar on a scale of its own."""
-    head, columns = ["layer"], [[row[0] for row in rows]]
-    for side, name in ((1, "weight α"), (2, "activation α")):
-        values = [row[side] for row in rows]
-        numbers = [value for value in values if isinstance(value, float)]
-        largest = max(numbers, default=0.0)
-        columns.append([f"{value:.3f}" if isinstance(value, float) else "–" for value in values])
-        columns.append([bar(value, largest) if isinstance(value, float) else "" for value in values])
-        head += [name, f"0 … {largest:.3f}"]
-    return aligned(head, list(zip(*columns, strict=True)), left=(head[0], head[2], head[4]))

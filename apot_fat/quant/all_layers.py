@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.spec import FLOAT_BITS, QuantSpec, check_bits
 from apot_fat.quant.units import ALPHA_FLOOR
-from apot_fat.text import html_table
+from apot_fat.text import aligned, bar, html_table
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,15 @@ class LayerClipping:
     mask_min: float | None = None
 
 
+ThresholdRow = tuple[str, float | None, float | None]
+"""Layer, weight threshold and activation threshold; None where a side is float."""
+
+
 class ClippingTable(list[LayerClipping]):
-    """The rows of ``clipping_table``, in a notebook a table; columns that are empty are left out."""
+    """The rows of ``clipping_table``. Printed, ``threshold_table``; in a notebook a table without its empty columns."""
+
+    def __str__(self) -> str:
+        return threshold_table([(row.name, row.weight_alpha, row.act_alpha) for row in self])
 
     def _repr_html_(self) -> str:
         names = [field.name for field in fields(LayerClipping)]
@@ -62,6 +69,19 @@ def clipping_table(model: nn.Module) -> ClippingTable:
         alphas = layer.clipping_thresholds()
         rows.append(LayerClipping(name, layer.spec.weight_bits, layer.spec.act_bits, *alphas, *mask))
     return rows
+
+
+def threshold_table(rows: Sequence[ThresholdRow]) -> str:
+    """Thresholds in columns, each with a bar on a scale of its own."""
+    head, columns = ["layer"], [[row[0] for row in rows]]
+    for side, name in ((1, "weight α"), (2, "activation α")):
+        values = [row[side] for row in rows]
+        numbers = [value for value in values if isinstance(value, float)]
+        largest = max(numbers, default=0.0)
+        columns.append([f"{value:.3f}" if isinstance(value, float) else "–" for value in values])
+        columns.append([bar(value, largest) if isinstance(value, float) else "" for value in values])
+        head += [name, f"0 … {largest:.3f}"]
+    return aligned(head, list(zip(*columns, strict=True)), left=(head[0], head[2], head[4]))
 
 
 def show_params(model: nn.Module) -> None:

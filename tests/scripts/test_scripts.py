@@ -67,6 +67,7 @@ def test_thresholds_as_table_csv_and_json(run: Run, tmp_path: Path) -> None:
         assert len(table) == 2 + len(rows)
         assert table[-1].split() == ["layer3.2.conv2", "3.000", "█" * 12, "20.000", "█" * 12]
         assert table[2].endswith("1.000  ▋")
+        assert table == str(clipping_table(model)).splitlines()
     # met as it is written, or as the buffer is emptied at the end
     for options, unbuffered in ((f"{tmp_path}/net.pth", "1"), (f"{tmp_path}/net.pth", ""), ("--help", "")):
         piped = f"{sys.executable} {ROOT}/scripts/show_params.py {options} | true; exit ${{PIPESTATUS[0]}}"
