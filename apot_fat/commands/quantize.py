@@ -24,6 +24,7 @@ from apot_fat.training.loop import Result, evaluate
 from apot_fat.training.network import check_images, log_normalization, open_network
 
 RUN_OPTIONS = ("arch", "data", "test_data", "image_size", "mean", "std", "device", "seed")
+DEFAULT_BITS = 4
 AVERAGE_CHOICES = (2, 3, 4, 5, 8)
 
 
@@ -36,7 +37,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help=f"the packed file to write ({PACKED_SUFFIX})")
     how_many = parser.add_mutually_exclusive_group()
     how_many.add_argument(
-        "--bits", type=int, choices=LOW_BITS, default=4, metavar="N", help="of weights and inputs, 2 to 8 (default: 4)"
+        "--bits",
+        type=int,
+        choices=LOW_BITS,
+        metavar="N",
+        help=f"of weights and inputs, 2 to 8 (default: {DEFAULT_BITS})",
     )
     how_many.add_argument("--average", type=float, help="bits a weight, chosen layer by layer, in place of --bits")
     parser.add_argument("--method", choices=list(METHODS), default="apot", help="levels (default: apot)")
@@ -66,11 +71,12 @@ def main(argv: list[str] | None = None) -> None:
     if options.images < 1:
         raise ValueError(f"--images {options.images}: give at least 1")
     tuning = _reconstruction(options)
-    choices = [bits for bits in AVERAGE_CHOICES if _why_not_packed(options.method, bits) is None]
+    bits = DEFAULT_BITS if options.bits is None else options.bits
+    choices = [choice for choice in AVERAGE_CHOICES if _why_not_packed(options.method, choice) is None]
     if options.average is not None and not choices[0] <= options.average <= choices[-1]:
         raise ValueError(f"--average {options.average:g}: choose a number from {choices[0]} to {choices[-1]}")
-    if options.average is None and (reason := _why_not_packed(options.method, options.bits)) is not None:
-        raise ValueError(f"--method {options.method} --bits {options.bits}: no packed file holds it ({reason})")
+    if options.average is None and (reason := _why_not_packed(options.method, bits)) is not None:
+        raise ValueError(f"--method {options.method} --bits {bits}: no packed file holds it ({reason})")
     output = output_file(options.output, PACKED_SUFFIX, options.init)
     if output.suffix != PACKED_SUFFIX:
         raise ValueError(f"--output {output}: a packed file ends in {PACKED_SUFFIX}")
@@ -99,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         log.info("%s\n", overrides)
     conversion = quantize(
         model,
-        options.bits,
+        bits,
         options.method,
         edge_bits=options.edge_bits,
         overrides=overrides,

@@ -255,7 +255,7 @@ def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
                 (("--bits", 9), "argument --bits: invalid choice: 9"),
                 (("--bits", 32), "argument --bits: invalid choice: 32"),
                 (("--edge-bits", 4), "argument --edge-bits: invalid choice: 4"),
-                (("--bits", 3, "--average", 3), "argument --average: not allowed with argument --bits"),
+                (("--bits", 4, "--average", 3), "argument --average: not allowed with argument --bits"),
                 (("--images", 0), "--images 0: give at least 1"),
                 (("--average", 1), "--average 1: choose a number from 2 to 8"),
                 (("--reconstruct", "--steps", -1), "steps -1: choose a number from 0"),
