@@ -152,7 +152,9 @@ def load_images(
     """
     config = subject.config
     if data is not None:
-        config = replace(config, data=data, test_data=None, **normalization).normalized_as(config)
+        config = replace(config, data=data, test_data=None, **normalization)
+        if subject.trained:
+            config = config.normalized_as(subject.config)
         log_normalization(config)
     elif not subject.trained:
         return "No images: this file names none. Name some with --data."

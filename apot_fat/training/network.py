@@ -27,9 +27,11 @@ from apot_fat.checkpoint import (
 )
 from apot_fat.data import Dataset
 from apot_fat.models import create_model, find_architecture, list_models, register
+from apot_fat.quant import seam
 from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.spec import FLOAT_BITS
+from apot_fat.quant.watching import evaluation_mode
 from apot_fat.text import one_line
 from apot_fat.training.config import BEST, TrainConfig
 from apot_fat.training.recorded import recorded_config
@@ -132,13 +134,14 @@ def check_images(where: str | Path, model: nn.Module, images: Tensor, dataset: D
 
     Args:
         where: the network's file, for the message.
-        model: the network, in evaluation mode.
+        model: the network.
         images: one or more, (N, C, H, W), on its device.
         dataset: what they come from; None for noise, without labels.
     """
     channels = images.shape[1]
     try:
-        logits = model(images)
+        with evaluation_mode(model), torch.no_grad(), seam.speed.uncompiled():
+            logits = model(images)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         own = next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), channels)
         if own != channels:

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from apot_fat.data import Batches, Dataset, Sharding
 from apot_fat.data.sharding import mix_seed
-from apot_fat.quant import seam
 from apot_fat.quant.all_layers import clipping_table, keep_thresholds_positive
 from apot_fat.quant.diagnosis import odd_layers
 from apot_fat.quant.watching import evaluation_mode, watch_inputs
-from apot_fat.text import one_line
 from apot_fat.training.averaging import WeightAverage
 from apot_fat.training.build import (
     image_shape,
@@ -43,7 +41,7 @@ from apot_fat.training.finite import FiniteGuard
 from apot_fat.training.folder import Records, RunSummary, StepSaver, run_config, summary_of
 from apot_fat.training.interruption import SignalWatch
 from apot_fat.training.loop import Position, Result, autocast, evaluate, train_epoch
-from apot_fat.training.network import create_network
+from apot_fat.training.network import check_images, create_network
 from apot_fat.training.objective import Objective
 from apot_fat.training.optim import make_optimizer, make_schedule, say_unreached_steps, set_relative_steps
 from apot_fat.training.resume import checked_sources, keep_best, resumed_content
@@ -152,18 +150,6 @@ def _make_sets(config: TrainConfig, dataset: Dataset, device: torch.device, shar
     return _Sets(train_batches, test_batches, val_batches, sample_images(config, dataset.test, device))
 
 
-def _check_size(model: nn.Module, config: TrainConfig, shape: tuple[int, int, int]) -> None:
-    # small images end before the network does
-    try:
-        with evaluation_mode(model), torch.no_grad(), seam.speed.uncompiled():
-            model(torch.zeros(1, *shape))
-    except RuntimeError as error:
-        size = " × ".join(map(str, shape[1:]))
-        raise ValueError(
-            f"arch {config.arch}: takes no images of {size} ({one_line(error)[:120]}); choose another, or --image-size"
-        ) from error
-
-
 def _make_state(
     config: TrainConfig,
     num_classes: int,
@@ -178,7 +164,7 @@ def _make_state(
     model = create_network(config, num_classes)
     if is_new:
         load_initial_weights(model, config)
-        _check_size(model, config, shape)
+        check_images(f"arch {config.arch}", model, torch.zeros(1, *shape))  # small ones end before the network does
     if config.sync_bn and processes.is_distributed:
         model = synchronize_batch_norm(model, device)
     model.to(device)

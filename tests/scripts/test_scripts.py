@@ -183,7 +183,7 @@ def test_bad_input_is_one_line_with_exit_code_2_and_creates_nothing(
     cases: list[tuple[str, tuple[object, ...], str]] = [
         ("train.py", ("--arch", "res21"), "unknown architecture 'res21' (did you mean 'resnet20'?)"),
         ("train.py", ("--bit", 0), "bit 0: choose an integer from 2 to 8, or 32"),
-        ("train.py", ("--arch", "vgg16", "--data", "digits"), "arch vgg16: takes no images of 8 × 8 ("),
+        ("train.py", ("--arch", "vgg16", "--data", "digits"), "arch vgg16: refuses images of 3 × 8 × 8 ("),
         ("train.py", ("--device", "cuda:99999999999"), "device 'cuda:99999999999': choose auto, cpu, cuda or cuda:N"),
         ("progressive.py", ("--bit", 3), "--bit 3: a chain has several; name them with --bits"),
         ("train.py", ("--bit", 1.5), "bit 1.5: choose an integer from 2 to 8, or 32"),

@@ -18,6 +18,7 @@ from apot_fat.checkpoint import read_checkpoint, write_checkpoint
 from apot_fat.data import ImageSet, load_dataset
 from apot_fat.evaluation import evaluate
 from apot_fat.models import create_model
+from apot_fat.reporting.subject import Images, load_images, load_subjects, read_once
 from apot_fat.training import TrainConfig, train, train_chain
 from apot_fat.training.folder import BEST, LAST, METRICS
 from apot_fat.training.recipe import read_recipe
@@ -265,6 +266,10 @@ def test_images_that_moved_are_normalised_as_they_were(tmp_path: Path) -> None:
         np.savez(tmp_path / f"{name}.npz", images=images.images_NHWC.numpy(), labels=images.labels_N.numpy())
     moved: dict[str, Any] = {"data": str(tmp_path / "train.npz"), "test_data": str(tmp_path / "test.npz")}
     assert evaluate(run.folder / LAST, data=str(tmp_path / "test.npz")).top1 == run.last
+    images = load_images(load_subjects(run.folder)[0], str(tmp_path / "test.npz"), None, read_once())
+    assert isinstance(images, Images)
+    assert images.result is not None
+    assert images.result.top1 == run.best  # of one epoch the last
     again = train(TrainConfig(output=str(tmp_path), **moved, **{**options, "epochs": 2}), resume="auto")
     elsewhere = train(TrainConfig(data="digits", output=str(tmp_path / "whole"), **{**options, "epochs": 2}))
     assert again.last == elsewhere.last
