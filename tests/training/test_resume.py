@@ -266,10 +266,10 @@ def test_images_that_moved_are_normalised_as_they_were(tmp_path: Path) -> None:
         np.savez(tmp_path / f"{name}.npz", images=images.images_NHWC.numpy(), labels=images.labels_N.numpy())
     moved: dict[str, Any] = {"data": str(tmp_path / "train.npz"), "test_data": str(tmp_path / "test.npz")}
     assert evaluate(run.folder / LAST, data=str(tmp_path / "test.npz")).top1 == run.last
-    images = load_images(load_subjects(run.folder)[0], str(tmp_path / "test.npz"), None, read_once())
-    assert isinstance(images, Images)
-    assert images.result is not None
-    assert images.result.top1 == run.best  # of one epoch the last
+    shown = load_images(load_subjects(run.folder)[0], str(tmp_path / "test.npz"), None, read_once())
+    assert isinstance(shown, Images)
+    assert shown.result is not None
+    assert shown.result.top1 == run.best  # of one epoch the last
     again = train(TrainConfig(output=str(tmp_path), **moved, **{**options, "epochs": 2}), resume="auto")
     elsewhere = train(TrainConfig(data="digits", output=str(tmp_path / "whole"), **{**options, "epochs": 2}))
     assert again.last == elsewhere.last
