@@ -142,7 +142,7 @@ class Builder:
         low, high = self._clipped(value, step, (1 << bits) - 1)
         is_there = fits and value.gain == step and (low, high) == self.bounds(value.source)
         if is_there and not value.pools:
-            return value
+            return replace(value, low=-np.inf, high=np.inf)  # its clip does nothing; what comes next may not have one
         number = value.source
         if not is_there:
             number = self._once(("on_grid", step, bits, value.key), lambda: self._rescale(name, value, step, low, high))

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -26,6 +26,13 @@ def of_images(model: nn.Module, pixels: np.ndarray) -> np.ndarray:
     x = (torch.from_numpy(pixels).double() / 255 - mean) / std
     with torch.no_grad():
         return copy.deepcopy(model).double()(x).numpy()
+
+
+def relative_errors(model: nn.Module, pixels: np.ndarray, **options: Any) -> np.ndarray:
+    """How far the program's logits of each image are from the network's."""
+    wanted = of_images(model, pixels)
+    program = integer_program(model, normalized(pixels), **NORMALIZATION, **options)
+    return np.linalg.norm(program.run(pixels) * program.logit_scale - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
 
 
 VARIANTS = [
@@ -79,6 +86,26 @@ def test_additions_are_as_exact_as_their_grid(name: str, bits: int) -> None:
     assert all(operation.bits <= 16 for operation in coarse.operations if isinstance(operation, Add))
 
 
+class _Rectified(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x) + x)
+
+
+def test_a_batch_norm_behind_a_rectified_addition_is_not_rectified_again() -> None:
+    pixels = random_pixels(16, 8)
+    images = normalized(pixels)
+    head = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    stem = (nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+    model = nn.Sequential(*stem, _Rectified(), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1), *head)
+    model = with_statistics(model, images)
+    quantize(model, bits=8, method="apot", calibration=images)
+    assert relative_errors(model, pixels).max() < 1e-3
+
+
 def test_what_is_far_below_the_step_of_a_grid_keeps_to_its_width() -> None:
     model = with_statistics(Residual("apot-cifar", 3), normalized(random_pixels(4, 8)))
     with torch.no_grad():
@@ -107,10 +134,7 @@ FAMILIES = [
 def test_every_family_computes_its_network(architecture: str, name: str, bits: int, size: int) -> None:
     pixels = random_pixels(8, size)
     model = with_statistics(create_model(architecture, name, bits, num_classes=5), normalized(pixels))
-    wanted = of_images(model, pixels)
-    program = integer_program(model, normalized(pixels), **NORMALIZATION, grid_bits=26)
-    errors = np.linalg.norm(program.run(pixels) * program.logit_scale - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
-    assert np.median(errors) < 5e-3  # a last layer of thousands of inputs leaves them 14 bits
+    assert np.median(relative_errors(model, pixels, grid_bits=26)) < 5e-3  # a last layer of thousands of inputs leaves them 14 bits
 
 
 def test_thresholds_of_one_a_channel_are_factors_of_their_channels() -> None:
