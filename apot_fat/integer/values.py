@@ -119,9 +119,8 @@ class Builder:
         step = grid_step(float(np.abs(levels).max()), bits)
         table = np.round(levels / step).astype(np.int64)
         bounds = int(table.min()), int(table.max())
-        number = self._once(
-            ("look_up", step), lambda: self.append(Lookup(name, (PIXELS,), value.shape, *bounds, table))
-        )
+        lookup = Lookup(name, (PIXELS,), value.shape, *bounds, table)
+        number = self._once(("look_up", step, value.key), lambda: self.append(lookup))
         return self._plain(number, step, value)
 
     def on_grid(self, name: str, value: Value, step: float | None = None, bits: int | None = None) -> Value:

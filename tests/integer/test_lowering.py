@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from apot_fat import integer_program, quantize
 from apot_fat.data.normalization import CIFAR_APOT
-from apot_fat.integer.program import Add, Convolution, Rescale, Thresholds
+from apot_fat.integer.program import Add, Convolution, Lookup, Rescale, Thresholds
 from apot_fat.models import create_model
 from apot_fat.quant import EIGHT_BIT, QuantConv2d, QuantLinear, preset
 from tests.integer.networks import MEAN, NORMALIZATION, STD, Residual, normalized, random_pixels, with_statistics
@@ -104,6 +104,28 @@ def test_a_batch_norm_behind_a_rectified_addition_is_not_rectified_again() -> No
     model = with_statistics(model, images)
     quantize(model, bits=8, method="apot", calibration=images)
     assert relative_errors(model, pixels).max() < 1e-3
+
+
+class _TwoStems(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3, padding=1))
+        self.third = nn.Conv2d(3, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.first(x) + self.second(x) + self.third(x)).mean((2, 3)))
+
+
+def test_layers_that_read_the_image_in_different_forms_have_tables_of_their_own() -> None:
+    pixels = random_pixels(16, 8)
+    images = normalized(pixels)
+    model = with_statistics(_TwoStems(), images)
+    quantize(model, bits=8, method="apot", calibration=images)
+    assert relative_errors(model, pixels).max() < 1e-3
+    operations = integer_program(model, images, **NORMALIZATION).operations
+    assert sum(isinstance(operation, Lookup) for operation in operations) == 2  # the first and third share one
 
 
 def test_what_is_far_below_the_step_of_a_grid_keeps_to_its_width() -> None:
