@@ -164,8 +164,11 @@ class _Lowering:
         value = self.values[read]
         if value.shape[1:] != (1, 1):
             raise ValueError(f"the network gives {value.shape}: integer programs give logits, (N, classes)")
-        step = float(value.gain) if value.gain.ndim == 0 else None
-        logits = self.builder.on_grid("logits", value, step, self.builder.accumulator_bits - 1)
+        bits = self.builder.accumulator_bits - 1
+        largest = 2 * max(-value.smallest, value.largest)
+        # in units of the sums, if such logits hold twice what the calibration reached
+        step = float(value.gain) if value.gain.ndim == 0 and largest < value.gain * 2.0**bits else None
+        logits = self.builder.on_grid("logits", value, step, bits)
         if logits.source != len(self.builder.operations) - 1:
             raise ValueError("the network gives a tensor that it computes with further: end it with its logits")
         return tuple(self.builder.operations), float(logits.gain)

@@ -177,9 +177,10 @@ class Builder:
     def _rescale(self, name: str, value: Value, step: float, low: int, high: int) -> int:
         ratio, offset = np.atleast_1d(value.gain) / step, np.atleast_1d(value.offset) / step
         ratio, offset = np.broadcast_arrays(ratio, offset)
-        # the largest shift with which the factor keeps to its bits
-        room = self.grid_bits - np.frexp(ratio)[1].astype(np.int64)  # NumPy's own int32 would not hold the half below
-        shift = np.clip(np.where(ratio == 0, 0, room), 0, MAX_SHIFT)
+        reach = np.abs(np.multiply.outer(ratio, self.bounds(value.source)) + offset[:, None]).max(1) + 0.5
+        # the largest shift with which the factor and the product keep to their bits
+        room = np.minimum(self.grid_bits - np.frexp(ratio)[1], PRODUCT_BITS - 2 - np.frexp(reach)[1])
+        shift = np.clip(np.where(ratio == 0, 0, room), 0, MAX_SHIFT).astype(np.int64)  # int32 does not hold the half
         factor = np.round(np.ldexp(ratio, shift)).astype(np.int64)
         while (even := (shift > 0) & (factor % 2 == 0)).any():
             factor, shift = np.where(even, factor // 2, factor), np.where(even, shift - 1, shift)

@@ -159,6 +159,23 @@ def test_every_family_computes_its_network(architecture: str, name: str, bits: i
     assert np.median(relative_errors(model, pixels, grid_bits=26)) < 5e-3  # a last layer of thousands of inputs leaves them 14 bits
 
 
+@pytest.mark.parametrize("accumulator_bits", [24, 31])
+def test_logits_hold_a_bias_that_is_large_beside_their_sums(accumulator_bits: int) -> None:
+    pixels = random_pixels(16, 8)
+    images = normalized(pixels)
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), *head).eval()
+    with torch.no_grad():
+        model[-1].weight.mul_(1e-3)
+        model[-1].bias.mul_(100)
+    quantize(model, bits=8, method="apot", calibration=images)
+    program = integer_program(model, images, **NORMALIZATION, accumulator_bits=accumulator_bits)
+    logits = program.run(pixels)
+    assert np.abs(logits).max() < 2 ** (accumulator_bits - 2)
+    wanted = of_images(model, pixels)
+    np.testing.assert_allclose(logits * program.logit_scale, wanted, atol=4 * program.logit_scale)
+
+
 def test_thresholds_of_one_a_channel_are_factors_of_their_channels() -> None:
     spec = preset("lsq", bits=4, weight_per_channel=True)
     model = nn.Sequential(
