@@ -1,7 +1,8 @@
 """Networks in integer arithmetic: whole, from pixels to logits (``integer_program``), and layer by layer as their proof
 (``integer_reference``)."""
 
-from apot_fat.integer.lowering import integer_program, to_pixels
+from apot_fat.integer.lowering import integer_program
+from apot_fat.integer.pixels import to_pixels
 from apot_fat.integer.program import IntegerProgram
 from apot_fat.integer.reference import (
     Divergence,

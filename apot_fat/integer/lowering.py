@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from apot_fat.integer import tracing
+from apot_fat.integer.checking import LOGITS, check_program
+from apot_fat.integer.pixels import to_pixels
 from apot_fat.integer.program import BATCH, PIXELS, Convolution, Flatten, IntegerProgram, count_windows
 from apot_fat.integer.values import Array, Builder, Value, grid_step
 from apot_fat.quant.integers import integer_input, integer_weight, shift_terms
@@ -45,11 +47,12 @@ def integer_program(
     layer's quantizer, is an exact table of thresholds a channel. What is added lies on one grid, whose step is a power
     of two and whose ends hold twice what the calibration reached; what is beyond is held to them. The first layer reads
     a table of what pixels stand for. It, other layers of float inputs (8-bit weights) and poolings read as many bits as
-    the grid has or their sums leave.
+    the grid has or their sums leave. Before it is returned, the program is compared with the network on eight of the
+    calibration's images at most (``check_program``).
 
     Args:
         model: network of quantized layers that ``torch.fx`` can trace; left as it is.
-        calibration: normalised images (N, C, H, W), such as the network is given; for ranges alone.
+        calibration: normalised images (N, C, H, W), such as the network is given; for ranges and the comparison.
         mean, std: what they were normalised with, a number a channel in units of 255: (pixel / 255 − mean) / std.
         grid_bits: bits of the grid beside the sign, 8 to 26. With 24 the rounding is about float32's; 15 halve the
             memory of skip connections, and turn more codes that lie near a threshold.
@@ -61,7 +64,8 @@ def integer_program(
 
     Raises:
         ValueError: an operation or a layer that has no integer form here, naming it; sums that may leave the
-            accumulator; calibration images that mean and std do not turn into pixels.
+            accumulator; calibration images that mean and std do not turn into pixels; logits that are off by more than
+            roundings explain, a fault of this package.
 
     Paper: APoT, "Additive Powers-of-Two Quantization" (multiplication as shifts and adds).
     """
@@ -84,31 +88,10 @@ def integer_program(
         builder = Builder(tuple(pixels.shape[1:]), grid_bits, accumulator_bits)
         lowering = _Lowering(traced, seen, builder, normalization)
         operations, scale = lowering.run()
-    program = IntegerProgram(operations, tuple(pixels.shape[1:]), scale)
+        program = IntegerProgram(operations, tuple(pixels.shape[1:]), scale)
+        as_pixels = torch.from_numpy(pixels * normalization[0][:, None, None] + normalization[1][:, None, None]).float()
+        check_program(program, traced, builder.steps, as_pixels, pixels)
     return replace(program, reached=_reached(program, pixels))
-
-
-def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """The pixels of normalised images, uint8, as ``IntegerProgram.run`` takes them; arguments of ``integer_program``.
-
-    Raises:
-        ValueError: images that mean and std do not turn into pixels.
-    """
-    values = np.asarray(images.detach().cpu(), np.float64)
-    means, stds = np.asarray(mean, np.float64), np.asarray(std, np.float64)
-    if means.shape != (values.shape[1],) or stds.shape != means.shape or not (stds > 0).all():
-        raise ValueError(
-            f"mean {tuple(mean)} and std {tuple(std)}: give a number, std above 0, for each of the calibration's "
-            f"{values.shape[1]} channels"
-        )
-    pixels = (values * stds[:, None, None] + means[:, None, None]) * 255
-    rounded = np.clip(np.round(pixels), 0, 255)
-    if not np.abs(pixels - rounded).max() < 0.5:  # NaN too
-        raise ValueError(
-            f"calibration images are pixels from {pixels.min():.0f} to {pixels.max():.0f} by mean {tuple(mean)} and "
-            f"std {tuple(std)}, not 0 to 255: give those that the images were normalised with"
-        )
-    return rounded.astype(np.uint8)
 
 
 def _reached(program: IntegerProgram, pixels: Array) -> tuple[tuple[int, int], ...]:
@@ -168,7 +151,7 @@ class _Lowering:
         largest = 2 * max(-value.smallest, value.largest)
         # in units of the sums, if such logits hold twice what the calibration reached
         step = float(value.gain) if value.gain.ndim == 0 and largest < value.gain * 2.0**bits else None
-        logits = self.builder.on_grid("logits", value, step, bits)
+        logits = self.builder.on_grid(LOGITS, value, step, bits)
         if logits.source != len(self.builder.operations) - 1:
             raise ValueError("the network gives a tensor that it computes with further: end it with its logits")
         return tuple(self.builder.operations), float(logits.gain)

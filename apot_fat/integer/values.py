@@ -71,6 +71,8 @@ class Builder:
         self.operations: list[Operation] = []
         self.input_shape, self.grid_bits, self.accumulator_bits = input_shape, grid_bits, accumulator_bits
         self._made: dict[tuple[Any, ...], int] = {}
+        self.steps: dict[str, float] = {}
+        """By the name of a layer, the real size of the unit to which what it reads is rounded."""
 
     def append(self, operation: Operation) -> int:
         """The number of a new operation."""
@@ -117,6 +119,7 @@ class Builder:
         """A table of what each pixel stands for, on a grid of a power of two of so many bits, beside the sign."""
         levels = value.gain[:, None] * np.arange(PIXEL_LEVELS) + value.offset[:, None]
         step = grid_step(float(np.abs(levels).max()), bits)
+        self._note_rounding(name, step)
         table = np.round(levels / step).astype(np.int64)
         bounds = int(table.min()), int(table.max())
         lookup = Lookup(name, (PIXELS,), value.shape, *bounds, table)
@@ -138,6 +141,8 @@ class Builder:
         if step is None:
             reached = max(abs(value.smallest), abs(value.largest))
             step = float(value.gain) if fits else grid_step(2 * reached, bits)
+        if not (value.has_one_scale and value.gain == step):
+            self._note_rounding(name, step)
         low, high = self._clipped(value, step, (1 << bits) - 1)
         is_there = fits and value.gain == step and (low, high) == self.bounds(value.source)
         if is_there and not value.pools:
@@ -165,6 +170,9 @@ class Builder:
         channels, *size = self.shape(source)
         height, wide = count_windows(size, window["kernel"], window["stride"], window.get("padding", (0, 0)))
         return self.append(Pool(name, (source,), (channels, height, wide), low, high, kind, **window))
+
+    def _note_rounding(self, name: str, step: float) -> None:
+        self.steps[name] = max(step, self.steps.get(name, 0.0))
 
     def _clipped(self, value: Value, step: float, limit: int) -> tuple[int, int]:
         # bounds of the multiples of a step: the limit, the ReLU's, and what n can give

@@ -156,18 +156,21 @@ FAMILIES = [
 def test_every_family_computes_its_network(architecture: str, name: str, bits: int, size: int) -> None:
     pixels = random_pixels(8, size)
     model = with_statistics(create_model(architecture, name, bits, num_classes=5), normalized(pixels))
-    assert np.median(relative_errors(model, pixels, grid_bits=26)) < 5e-3  # a last layer of thousands of inputs leaves them 14 bits
+    assert (
+        np.median(relative_errors(model, pixels, grid_bits=26)) < 5e-3
+    )  # a last layer of thousands of inputs leaves them 14 bits
 
 
 @pytest.mark.parametrize("accumulator_bits", [24, 31])
 def test_logits_hold_a_bias_that_is_large_beside_their_sums(accumulator_bits: int) -> None:
     pixels = random_pixels(16, 8)
     images = normalized(pixels)
-    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), *head).eval()
+    last = nn.Linear(8, 5)
     with torch.no_grad():
-        model[-1].weight.mul_(1e-3)
-        model[-1].bias.mul_(100)
+        last.weight.mul_(1e-3)
+        last.bias.mul_(100)
+    pooling = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), *pooling, last).eval()
     quantize(model, bits=8, method="apot", calibration=images)
     program = integer_program(model, images, **NORMALIZATION, accumulator_bits=accumulator_bits)
     logits = program.run(pixels)
@@ -311,6 +314,25 @@ def test_calibration_that_is_not_made_of_pixels_is_refused() -> None:
         integer_program(model, images[0], **NORMALIZATION)
     with pytest.raises(ValueError, match="grid_bits 40: choose 8 to 26"):
         integer_program(model, images, **NORMALIZATION, grid_bits=40)
+
+
+def test_a_program_that_is_not_its_network_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = random_pixels(12, 8)
+    model = with_statistics(Residual("apot-cifar", 4), normalized(pixels))
+    monkeypatch.setattr(Add, "compute", lambda self, first, second: first.clip(self.low, self.high))
+    with pytest.raises(
+        ValueError, match=r"on \d of 8 calibration images its logits are off by .* fault of apot-fat"
+    ) as raised:
+        integer_program(model, normalized(pixels), **NORMALIZATION)
+    assert "\n" not in str(raised.value)
+
+
+def test_comparing_draws_no_random_numbers_of_the_user() -> None:
+    pixels = random_pixels(2, 8)
+    model = with_statistics(Residual("lsq", 2), normalized(pixels))
+    state = torch.random.get_rng_state()
+    integer_program(model, normalized(pixels), **NORMALIZATION, grid_bits=8)
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 @pytest.mark.slow
