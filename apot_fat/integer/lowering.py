@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -64,20 +65,16 @@ def integer_program(
 
     Raises:
         ValueError: an operation or a layer that has no integer form here, naming it; sums that may leave the
-            accumulator; calibration images that mean and std do not turn into pixels; logits that are off by more than
-            roundings explain, a fault of this package.
+            accumulator; calibration images that mean and std do not turn into pixels or that the network refuses;
+            logits that are off by more than roundings explain, a fault of this package.
 
     Paper: APoT, "Additive Powers-of-Two Quantization" (multiplication as shifts and adds).
     """
-    if not FEWEST_GRID_BITS <= grid_bits <= MOST_GRID_BITS:
-        raise ValueError(f"grid_bits {grid_bits}: choose {FEWEST_GRID_BITS} to {MOST_GRID_BITS}")
-    if not FEWEST_ACCUMULATOR_BITS <= accumulator_bits <= MOST_ACCUMULATOR_BITS:
-        raise ValueError(
-            f"accumulator_bits {accumulator_bits}: choose {FEWEST_ACCUMULATOR_BITS} to {MOST_ACCUMULATOR_BITS}"
-        )
-    network = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    _check_bits("grid_bits", grid_bits, FEWEST_GRID_BITS, MOST_GRID_BITS)
+    _check_bits("accumulator_bits", accumulator_bits, FEWEST_ACCUMULATOR_BITS, MOST_ACCUMULATOR_BITS)
+    network = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     images = calibration.detach().cpu().float()
-    if images.dim() != 4 or not len(images):
+    if images.dim() != 4 or not images.numel():
         raise ValueError(f"calibration {tuple(images.shape)}: expected at least one image, (N, C, H, W)")
     pixels = to_pixels(images, mean, std)
     means, stds = np.asarray(mean, np.float64), np.asarray(std, np.float64)
@@ -92,6 +89,11 @@ def integer_program(
         as_pixels = torch.from_numpy(pixels * normalization[0][:, None, None] + normalization[1][:, None, None]).float()
         check_program(program, traced, builder.steps, as_pixels, pixels)
     return replace(program, reached=_reached(program, pixels))
+
+
+def _check_bits(name: str, bits: int, fewest: int, most: int) -> None:
+    if not isinstance(bits, Integral) or not fewest <= bits <= most:
+        raise ValueError(f"{name} {bits!r}: choose {fewest} to {most}, a whole number")
 
 
 def _reached(program: IntegerProgram, pixels: Array) -> tuple[tuple[int, int], ...]:

@@ -31,9 +31,18 @@ class _Ranges(fx.Interpreter):
 
 
 def look_at(traced: fx.GraphModule, images: Tensor) -> dict[fx.Node, Seen]:
-    """What each float tensor of a traced network is on images."""
+    """What each float tensor of a traced network is on images.
+
+    Raises:
+        ValueError: the network refuses them.
+    """
     ranges = _Ranges(traced)
-    ranges.run(images)
+    try:
+        ranges.run(images)
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        given = f"calibration {tuple(images.shape)}"
+        raise ValueError(f"{given}: the network refuses it ({reason}); give images of its size and channels") from error
     return ranges.found
 
 

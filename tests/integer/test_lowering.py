@@ -312,8 +312,37 @@ def test_calibration_that_is_not_made_of_pixels_is_refused() -> None:
         integer_program(model, images, mean=(0.5,), std=(0.5,))
     with pytest.raises(ValueError, match=r"calibration \(3, 8, 8\): expected at least one image"):
         integer_program(model, images[0], **NORMALIZATION)
-    with pytest.raises(ValueError, match="grid_bits 40: choose 8 to 26"):
-        integer_program(model, images, **NORMALIZATION, grid_bits=40)
+    with pytest.raises(ValueError, match=r"mean 0.5 and std 0.5: give a number, std above 0, for each"):
+        integer_program(model, images, mean=0.5, std=0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"calibration \(2, 3, 8, 0\): expected at least one image"):
+        integer_program(model, images[..., :0], **NORMALIZATION)
+
+
+def test_widths_that_are_not_whole_or_out_of_range_are_refused() -> None:
+    model, images = create_model("resnet20", bits=3), normalized(random_pixels(2, 8))
+    for name, wrong in (("grid_bits", 40), ("grid_bits", 8.5), ("accumulator_bits", "24"), ("accumulator_bits", 8)):
+        with pytest.raises(ValueError, match=f"{name} {wrong!r}: choose [0-9]+ to [0-9]+, a whole number"):
+            integer_program(model, images, **NORMALIZATION, **{name: wrong})
+
+
+def test_images_that_the_network_refuses_are_one_line() -> None:
+    model = last(nn.Flatten(), QuantLinear(4 * 6 * 6, 2, spec=EIGHT_BIT))
+    images = normalized(random_pixels(2, 9))
+    refused = r"calibration \(2, 3, 9, 9\): the network refuses it \(.*\); give images of its size and channels$"
+    with pytest.raises(ValueError, match=refused) as raised:
+        integer_program(model, images, **NORMALIZATION)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match=r"refuses it \(.* 3 channels, but got 1 channels instead\)"):
+        integer_program(model, images[:, :1], mean=MEAN[:1], std=STD[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_networks_of_other_float_types_are_lowered_as_float32(dtype: torch.dtype) -> None:
+    pixels = random_pixels(8, 8)
+    model = with_statistics(Residual("lsq", 8), normalized(pixels)).to(dtype)
+    program = integer_program(model, normalized(pixels).to(torch.float64), **NORMALIZATION)
+    same = integer_program(model.float(), normalized(pixels), **NORMALIZATION)
+    assert np.array_equal(program.run(pixels), same.run(pixels))
 
 
 def test_a_program_that_is_not_its_network_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
