@@ -30,6 +30,7 @@ from apot_fat.quant.tracing import trace
 from apot_fat.quant.units import threshold_in_use
 
 FEWEST_GRID_BITS, MOST_GRID_BITS = 8, 26
+FINE_LOGIT_BITS = 15
 FEWEST_ACCUMULATOR_BITS, MOST_ACCUMULATOR_BITS = 16, 31
 
 
@@ -150,10 +151,7 @@ class _Lowering:
         if value.shape[1:] != (1, 1):
             raise ValueError(f"the network gives {value.shape}: integer programs give logits, (N, classes)")
         bits = self.builder.accumulator_bits - 1
-        largest = 2 * max(-value.smallest, value.largest)
-        # in units of the sums, if such logits hold twice what the calibration reached
-        step = float(value.gain) if value.gain.ndim == 0 and largest < value.gain * 2.0**bits else None
-        logits = self.builder.on_grid(LOGITS, value, step, bits)
+        logits = self.builder.on_grid(LOGITS, value, _logit_step(value, bits), bits)
         if logits.source != len(self.builder.operations) - 1:
             raise ValueError("the network gives a tensor that it computes with further: end it with its logits")
         return tuple(self.builder.operations), float(logits.gain)
@@ -333,6 +331,15 @@ class _Lowering:
     def _unclipped(self, name: str, value: Value) -> Value:
         is_clipped = np.isfinite(value.low) or np.isfinite(value.high)
         return self.builder.on_grid(name, value) if is_clipped or value.pools else value
+
+
+def _logit_step(value: Value, bits: int) -> float | None:
+    # the unit of the sums, if it holds twice what the calibration reached and is fine enough for the bias
+    if value.gain.ndim:
+        return None
+    units = 2 * max(-value.smallest, value.largest) / float(value.gain)
+    is_fine = not value.offset.any() or units >= 1 << FINE_LOGIT_BITS
+    return float(value.gain) if is_fine and units < 1 << bits else None
 
 
 def _sum_bounds(weight_OIHW: Array, low: int, high: int) -> tuple[int, int]:

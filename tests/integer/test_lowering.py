@@ -179,6 +179,16 @@ def test_logits_hold_a_bias_that_is_large_beside_their_sums(accumulator_bits: in
     np.testing.assert_allclose(logits * program.logit_scale, wanted, atol=4 * program.logit_scale)
 
 
+def test_the_bias_of_a_last_layer_of_few_bits_is_not_rounded_to_the_unit_of_its_sums() -> None:
+    pixels = random_pixels(16, 8)
+    spec = preset("lsq", bits=2)
+    last = QuantLinear(8 * 36, 5, spec=spec)
+    nn.init.uniform_(last.bias, -0.3, 0.3)
+    model = nn.Sequential(QuantConv2d(3, 8, 3, spec=spec), nn.ReLU(), nn.Flatten(), last)
+    model = with_statistics(model, normalized(pixels))
+    assert np.median(relative_errors(model, pixels)) < 1e-6
+
+
 def test_thresholds_of_one_a_channel_are_factors_of_their_channels() -> None:
     spec = preset("lsq", bits=4, weight_per_channel=True)
     model = nn.Sequential(
@@ -320,7 +330,8 @@ def test_calibration_that_is_not_made_of_pixels_is_refused() -> None:
 
 def test_widths_that_are_not_whole_or_out_of_range_are_refused() -> None:
     model, images = create_model("resnet20", bits=3), normalized(random_pixels(2, 8))
-    for name, wrong in (("grid_bits", 40), ("grid_bits", 8.5), ("accumulator_bits", "24"), ("accumulator_bits", 8)):
+    cases: list[tuple[str, Any]] = [("grid_bits", 40), ("grid_bits", 8.5), ("accumulator_bits", "24")]
+    for name, wrong in cases:
         with pytest.raises(ValueError, match=f"{name} {wrong!r}: choose [0-9]+ to [0-9]+, a whole number"):
             integer_program(model, images, **NORMALIZATION, **{name: wrong})
 
