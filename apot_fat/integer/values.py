@@ -112,7 +112,8 @@ class Builder:
             shape = self.shape(value.source)
             return self.append(Thresholds(name, inputs, shape, *bounds, thresholds_CT, falls_C, used))
 
-        number = self._once(("quantize", name, value.key), made)
+        # levels that go on below 0 end by what the calibration reached
+        number = self._once(("quantize", name, value.key, value.smallest), made)
         return self._pooled(name, number, value)
 
     def look_up(self, name: str, value: Value, bits: int) -> Value:
