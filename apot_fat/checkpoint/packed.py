@@ -27,7 +27,7 @@ from apot_fat.checkpoint.files import atomic_write
 from apot_fat.checkpoint.weights import check_type, check_values, checkpoint_thresholds
 from apot_fat.models import create_model
 from apot_fat.optional import needed_for
-from apot_fat.quant.convert import convert_layer, fold_weight
+from apot_fat.quant.convert import convert_layer, fold_weight, leave_fast_paths
 from apot_fat.quant.integers import integer_weight
 from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.quantizer import PARAMETERS, THRESHOLDS, parameter_shapes
@@ -294,6 +294,7 @@ def _set_layers(model: nn.Module, plans: Mapping[str, _Plan]) -> None:
     for name, module in list(model.named_modules()):
         if name in plans or isinstance(module, AnyQuantized):
             _set_layer(module, plans.get(name))
+    leave_fast_paths(model)
 
 
 def _set_layer(module: nn.Module, plan: _Plan | None) -> None:

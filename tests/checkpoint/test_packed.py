@@ -102,6 +102,18 @@ def test_an_eight_bit_weight_far_below_its_scale(lowest: float, tmp_path: Path) 
     torch.testing.assert_close(logits(load_packed(path), x), logits(model, x), atol=0, rtol=0)
 
 
+def test_a_loaded_encoder_layer_runs_quantized_without_gradients_too(tmp_path: Path) -> None:
+    def network() -> nn.Sequential:
+        encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+        return nn.Sequential(nn.Linear(8, 16), encoder, nn.Linear(16, 4))
+
+    model, x = network(), torch.randn(8, 5, 8)
+    quantize(model, 3, calibration=x)
+    save_packed(model, tmp_path / "a.safetensors")
+    loaded = load_packed(tmp_path / "a.safetensors", network())
+    torch.testing.assert_close(logits(loaded, x), logits(model, x), atol=0, rtol=0)
+
+
 ONE_A_CHANNEL = preset("fat-cifar", 3, weight_per_channel=True)
 
 

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from apot_fat.optional import needed_for
 from apot_fat.quant.convert.batches import Calibration, read_batches, run_batch
 from apot_fat.quant.convert.calibration import run_quantized
-from apot_fat.quant.convert.network import convert_planned, relative_error, unchanged
+from apot_fat.quant.convert.layer import leave_fast_paths
+from apot_fat.quant.convert.network import convert_planned, refuse_idle, relative_error, unchanged
 from apot_fat.quant.convert.norms import move_batch_norms
 from apot_fat.quant.convert.plan import NetworkPlan, base_spec, plan_network
 from apot_fat.quant.layers import AnyQuantized
@@ -227,8 +228,10 @@ def _loss(model: nn.Module, plan: NetworkPlan, name: str, bits: int) -> float:
     alone = replace(plan, plans={name: replace(planned, spec=planned.spec.with_bits(bits))})
     with unchanged(model):
         convert_planned(alone, name)
+        leave_fast_paths(model)
         move_batch_norms(model, plan.passes.norms, plan.batches[0])
-        _, output = run_quantized(model, get_args(AnyQuantized), plan.batches)
+        ran, output = run_quantized(model, get_args(AnyQuantized), plan.batches)
+        refuse_idle(model, alone, ran)
     error = None if output is None or plan.passes.output is None else relative_error(plan.passes.output, output)
     if error is None:
         raise ValueError(f"{type(model).__name__}: its output is no tensor of one shape, from which a loss can be told")

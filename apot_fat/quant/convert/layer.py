@@ -32,6 +32,16 @@ def convert_layer(module: nn.Module, spec: QuantSpec) -> AnyQuantized:
     return module
 
 
+def leave_fast_paths(model: nn.Module) -> None:
+    """Make PyTorch's encoder layers call the quantized layers that they hold, in place.
+
+    They have a path for evaluation without gradients that reads the weights of its linear layers and calls none.
+    """
+    for encoder in (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)):
+        if any(isinstance(part, AnyQuantized) for part in encoder.modules()):
+            encoder.activation_relu_or_gelu = 0
+
+
 def dequantize(model: nn.Module) -> nn.Module:
     """A copy of a network with plain layers that hold the quantized weights; inputs are no longer quantized.
 

@@ -25,7 +25,7 @@ from apot_fat.quant import seam
 from apot_fat.quant.convert.batches import Calibration
 from apot_fat.quant.convert.calibration import Passes, run_quantized
 from apot_fat.quant.convert.conversion import Conversion, ConvertedLayer
-from apot_fat.quant.convert.layer import convert_layer
+from apot_fat.quant.convert.layer import convert_layer, leave_fast_paths
 from apot_fat.quant.convert.norms import move_batch_norms
 from apot_fat.quant.convert.plan import NetworkPlan, base_spec, plan_network
 from apot_fat.quant.convert.reconstruction import Reconstruction, tune_blocks
@@ -107,14 +107,14 @@ def quantize(
     with unchanged(model, reference, only_if_it_fails=True):
         for name in tqdm(plan.plans, desc="fit thresholds", unit="layer", leave=False, disable=None):
             convert_planned(plan, name)
-        _leave_fast_paths(model)
+        leave_fast_paths(model)
         if plan.passes is not None and plan.batches is not None:
             # the first compilation takes half a minute: two passes over few inputs take seconds without
             few = tuning is None and sum(seen.count for seen in plan.passes.layers.values()) < COMPILED_FROM
             with seam.speed.uncompiled() if few else nullcontext():
                 move_batch_norms(model, plan.passes.norms, plan.batches[0])
                 if tuning is not None and reference is not None:
-                    _refuse_idle(model, plan, run_quantized(model, get_args(AnyQuantized), plan.batches[:1])[0])
+                    refuse_idle(model, plan, run_quantized(model, get_args(AnyQuantized), plan.batches[:1])[0])
                     tune_blocks(model, reference, plan.batches, tuning)
                 errors, error = _errors(model, plan, plan.passes, plan.batches)
     return Conversion((*_rows(plan, errors), *_other_weights(model, plan.layers)), error)
@@ -176,13 +176,6 @@ def unchanged(
                     tensor.copy_(value)
 
 
-def _leave_fast_paths(model: nn.Module) -> None:
-    # PyTorch's encoder layer has a path for evaluation that reads the weights of its linear layers and calls none
-    for encoder in (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)):
-        if any(isinstance(part, AnyQuantized) for part in encoder.modules()):
-            encoder.activation_relu_or_gelu = 0
-
-
 def _errors(
     model: nn.Module, plan: NetworkPlan, passes: Passes, batches: list[Any]
 ) -> tuple[dict[str, float], float | None]:
@@ -193,7 +186,7 @@ def _errors(
     """
     compared = tqdm(batches, desc="compare", unit="batch", leave=False, disable=None)
     ran, output = run_quantized(model, get_args(AnyQuantized), compared)
-    _refuse_idle(model, plan, ran)
+    refuse_idle(model, plan, ran)
     errors = {}
     for name in plan.plans:
         pair = [
@@ -205,7 +198,8 @@ def _errors(
     return errors, whole
 
 
-def _refuse_idle(model: nn.Module, plan: NetworkPlan, ran: Mapping[nn.Module, Any]) -> None:
+def refuse_idle(model: nn.Module, plan: NetworkPlan, ran: Mapping[nn.Module, Any]) -> None:
+    """Raise ``ValueError`` where a layer of the plan did not run as a quantized one."""
     idle = [name for name in plan.plans if plan.layers[name] not in ran]
     if idle:
         raise ValueError(

@@ -92,6 +92,32 @@ def test_multiplications_are_those_of_the_cost_report() -> None:
     assert "conv1" not in {row.name for row in given.rows}
 
 
+def test_layers_within_an_encoder_layer_cost_something() -> None:
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.Linear(8, 16), encoder, nn.Linear(16, 4)).eval()
+    given = allocate_bits(model, torch.randn(8, 5, 8), choices=(2, 8), average=4)
+    assert {row.name for row in given.rows} == {"1.linear1", "1.linear2"}
+    assert all(row.losses[2] > row.losses[8] > 0 for row in given.rows)
+    assert encoder.activation_relu_or_gelu
+
+
+class ReadsWeight(nn.Module):
+    """Calls its middle layer only while somebody looks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, middle = self.first(x), self.middle
+        return self.last(middle(x) if middle._forward_pre_hooks else F.linear(x, middle.weight, middle.bias))
+
+
+def test_a_layer_that_would_not_run_quantized_has_no_loss() -> None:
+    with pytest.raises(ValueError, match=r"layer 'middle' would not run as a quantized one"):
+        allocate_bits(ReadsWeight(), torch.randn(8, 4))
+
+
 class Boxes(nn.Module):
     """Its output is no tensor of one shape."""
 
