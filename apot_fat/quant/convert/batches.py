@@ -21,12 +21,16 @@ def read_batches(calibration: Calibration) -> list[Any]:
     """The inputs of each batch, read once and kept.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one holds NaN, or an infinity that is no keyword's (which masks may have).
     """
     items = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     batches = [item[0] if isinstance(item, tuple | list) else item for item in items]
     if not batches:
         raise ValueError("calibration: no batch; give a tensor of inputs, or an iterable of batches")
+    for place, batch in enumerate(batches, 1):
+        for x in floating(batch):
+            if x.isnan().any() or (isinstance(batch, Tensor) and x.isinf().any()):
+                raise ValueError(f"calibration: batch {place} of {len(batches)} holds NaN or infinity: leave it out")
     return batches
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +56,11 @@ class Passes:
 
 @torch.no_grad()
 def watch_layers(model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Any]) -> Passes:
-    """What the layers take and give, in evaluation mode."""
+    """What the layers take and give, in evaluation mode.
+
+    Raises:
+        ValueError: the network refuses a batch, or computes NaN or infinity on it.
+    """
     seen: dict[str, Seen] = {}
     names = {id(module): name for name, module in layers.items()}
 
@@ -64,7 +69,10 @@ def watch_layers(model: nn.Module, layers: Mapping[str, nn.Module], batches: lis
         if not isinstance(x, Tensor) or not x.numel():
             return
         x = F.relu(x) if getattr(module, "relu", False) else x
-        values, lowest, name = sample(x, FIT_SAMPLES).float(), x.min().item(), names[id(module)]
+        values, name = sample(x, FIT_SAMPLES).float(), names[id(module)]
+        lowest, highest = torch.stack(x.aminmax()).tolist()
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
+            broken.append(f"layer {name!r} takes")
         before = seen.get(name)
         if before is None:
             seen[name] = Seen(lowest, values, x.numel())
@@ -73,6 +81,7 @@ def watch_layers(model: nn.Module, layers: Mapping[str, nn.Module], batches: lis
             before.lowest, before.values = min(lowest, before.lowest), torch.cat([before.values, values])
 
     outputs = []
+    broken: list[str] = []
     norms: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def note_statistics(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -83,7 +92,7 @@ def watch_layers(model: nn.Module, layers: Mapping[str, nn.Module], batches: lis
         watch_inputs(layers.values(), note),
         watch_inputs(batch_norms(model), note_statistics),
     ):
-        for batch in tqdm(batches, desc="calibrate", unit="batch", leave=False, disable=None):
+        for place, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", leave=False, disable=None), 1):
             given: dict[str, Tensor] = {}
 
             def note_output(module: nn.Module, output: Any, given: dict[str, Tensor] = given) -> None:
@@ -92,6 +101,13 @@ def watch_layers(model: nn.Module, layers: Mapping[str, nn.Module], batches: lis
 
             with watch_outputs(layers.values(), note_output):
                 outputs.append(floating(run_batch(model, batch)))
+            if any(y.isnan().any() for y in outputs[-1]):
+                broken.append("it gives")
+            if broken:
+                raise ValueError(
+                    f"{type(model).__name__}: {broken[0]} NaN or infinity on batch {place} of {len(batches)} of "
+                    "calibration, before anything is quantized: mend its weights, or leave the batch out"
+                )
             for name, output in given.items():
                 if name in seen:
                     seen[name].output.append(output)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apot_fat import QuantConv2d, QuantLinear, dequantize, preset, quantize, set_bits
+from apot_fat import QuantConv2d, QuantLinear, allocate_bits, dequantize, preset, quantize, set_bits
 from apot_fat.models import create_model
 from apot_fat.quant import (
     EIGHT_BIT,
@@ -386,6 +387,54 @@ def test_dequantize_folds_the_quantized_weights() -> None:
         parameter.data.copy_(weights[name])
     x = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(plain(x), model.eval()(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("work", [quantize, allocate_bits])
+def test_inputs_and_networks_that_are_not_finite_are_refused(work: Callable[..., object], wrong: float) -> None:
+    model, x = trained_network()
+    before = copy.deepcopy(model.state_dict())
+    damaged = x.clone()
+    damaged[40, 1, 2, 3] = wrong
+    with pytest.raises(ValueError, match=r"calibration: batch 3 of 4 holds NaN or infinity"):
+        work(model, calibration=damaged.split(16))
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), atol=0, rtol=0)
+    with torch.no_grad():
+        model[7].bias[0] = wrong  # type: ignore[operator,index,union-attr]
+        before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"Sequential: layer '9' takes NaN or infinity on batch 1 of 1"):
+        work(model, calibration=x)
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), atol=0, rtol=0, equal_nan=True)
+    with torch.no_grad():
+        model[7].bias[0] = 0.0  # type: ignore[operator,index,union-attr]
+        model[12].bias[0] = float("nan")  # type: ignore[operator,index,union-attr]
+    with pytest.raises(ValueError, match=r"Sequential: it gives NaN"):
+        work(model, calibration=x)
+
+
+class Masked(nn.Module):
+    """Takes tokens, and a mask of −∞ by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.embedding(tokens)
+        scores = x @ x.transpose(1, 2) if mask is None else x @ x.transpose(1, 2) + mask
+        x = scores.softmax(-1) @ x
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_tokens_and_masks_are_calibrated_on() -> None:
+    tokens, mask = torch.randint(9, (4, 5)), torch.full((5, 5), float("-inf")).triu(1)
+    for calibration in (tokens, [{"tokens": tokens, "mask": mask}]):
+        done = quantize(Masked(), 8, calibration=calibration)
+        assert done.error is not None
+        assert done.error < 0.1
 
 
 def test_bad_requests_change_nothing() -> None:
