@@ -19,10 +19,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from apot_fat.checkpoint.bit_packing import MOST_BITS, pack_bits, unpack_bits
 from apot_fat.checkpoint.files import atomic_write
 from apot_fat.checkpoint.weights import check_type, check_values, checkpoint_thresholds
 from apot_fat.models import create_model
@@ -40,7 +40,6 @@ VERSION = 1
 _PURPOSE = "a packed file"
 _FLOATS = "float32"
 _MAX_INDEX_BYTES = 1 << 26
-_MOST_BITS = 16
 
 
 class _Plan(NamedTuple):
@@ -67,8 +66,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
         The size of the file in bytes.
 
     Raises:
-        ValueError: no quantized layer, one that shares its weight with another module, or powers of two over more than
-            2^31; nothing is then written.
+        ValueError: no quantized layer, one that shares its weight with another module, powers of two over more than
+            2^31, or values that no network has (NaN); nothing is then written.
         MissingPackageError: safetensors.
     """
     with needed_for(_PURPOSE):
@@ -77,6 +76,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no quantized layer: there is nothing to pack")
     _check_own_weights(model, layers)
+    for name, tensor in model.state_dict().items():
+        check_values(name, tensor, type(model).__name__)
     tensors: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
     for name, module in layers.items():
@@ -198,7 +199,7 @@ def _pack_layer(module: AnyQuantized) -> tuple[Tensor | None, dict[str, Any]]:
         bits = max(1, (highest - lowest).bit_length())
         if module.relu:
             entry["relu"] = True
-        if integers is None or bits > _MOST_BITS:  # the scale is max(w), and some weight is far below -max(w)
+        if integers is None or bits > MOST_BITS:  # the scale is max(w), and some weight is far below -max(w)
             return None, entry
         entry |= {"offset": lowest, "bits": bits, "scale": float(integers.scale)}
         return pack_bits(integers.numerators - lowest, bits), entry
@@ -226,7 +227,7 @@ def _unpack_layer(entry: dict[str, Any], codes: Tensor | None, alpha: Tensor | N
     dtype = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}[
         entry["dtype"]
     ]
-    if codes is None or codes.dtype != torch.uint8 or codes.dim() != 1 or not 1 <= bits <= _MOST_BITS:
+    if codes is None or codes.dtype != torch.uint8 or codes.dim() != 1 or not 1 <= bits <= MOST_BITS:
         raise ValueError("a layer has no packed weight")
     if not all(isinstance(size, int) and size >= 0 for size in shape) or codes.numel() != -(-count * bits // 8):
         raise ValueError(f"{codes.numel()} bytes for a weight of shape {shape} and {bits} bits")
@@ -318,26 +319,6 @@ def _set_layer(module: nn.Module, plan: _Plan | None) -> None:
 
 def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:
     return f"of shape {tuple(shapes[name])}" if name in shapes else "missing"
-
-
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes as bytes: the lowest bit first, no gaps.
-
-    Args:
-        codes: integers from 0 to 2^bits − 1, any shape, taken row by row.
-        bits: 1 to 16 (``_MOST_BITS``).
-
-    Returns:
-        uint8, shape (ceil(codes · bits / 8),).
-    """
-    rows = codes.flatten().cpu().numpy().astype(np.uint16)[:, None] >> np.arange(bits, dtype=np.uint16)
-    return torch.from_numpy(np.packbits((rows & 1).astype(np.uint8), bitorder="little"))
-
-
-def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The codes of ``pack_bits``: int64, shape (count,)."""
-    rows = np.unpackbits(packed.numpy(), bitorder="little")[: count * bits].reshape(count, bits)
-    return torch.from_numpy(rows.astype(np.int64) @ (1 << np.arange(bits, dtype=np.int64)))
 
 
 def _unique_state(model: nn.Module) -> dict[str, Tensor]:

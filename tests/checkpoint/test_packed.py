@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from apot_fat import load_packed, load_weights, quantize, save_packed, set_bits
-from apot_fat.checkpoint.packed import FORMAT, pack_bits, unpack_bits
+from apot_fat.checkpoint.bit_packing import pack_bits, unpack_bits
+from apot_fat.checkpoint.packed import FORMAT
 from apot_fat.models import create_model
 from apot_fat.quant import EIGHT_BIT, PRESETS, QuantConv2d, QuantLinear, QuantSpec, preset
 
@@ -240,14 +241,24 @@ def test_bad_files(tmp_path: Path) -> None:
         ("layer1.0.conv2.weight_alpha", float("inf"), "holds inf, thresholds are finite"),
         ("bn1.running_var", -1.0, "holds -1.0, variances are finite and at least 0"),
         ("fc.bias", float("inf"), "holds inf"),
+        ("layer1.0.conv1.weight", float("nan"), "holds nan, weights and means are finite"),
     ],
 )
-def test_values_that_no_network_has_are_refused(name: str, value: float, message: str, tmp_path: Path) -> None:
-    model = create_model("resnet20", "apot-cifar", 3)
+def test_values_that_no_network_has_are_refused(
+    name: str, value: float, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = create_model("resnet20", "apot-cifar", 3), tmp_path / "a.safetensors"
     model.state_dict()[name].fill_(value)
-    save_packed(model, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=rf"^CifarResNet: {name} {message}"):
+        save_packed(model, path)
+    assert not list(tmp_path.iterdir())
+    if name.endswith("weight"):  # a code has no NaN
+        return
+    with monkeypatch.context() as patch:
+        patch.setattr("apot_fat.checkpoint.packed.check_values", lambda *_: None)
+        save_packed(model, path)
     with pytest.raises(ValueError, match=rf"packed file .*a\.safetensors: .*{name} {message}"):
-        load_packed(tmp_path / "a.safetensors")
+        load_packed(path)
 
 
 @pytest.mark.parametrize("bits", [3, 4])

@@ -36,9 +36,9 @@ _TAKEN = re.compile(r"\b(Tensor|Batch|Integers|nn\.\w+|\w*Conv2d|\w*Linear|AnyQu
 
 NOT_REACHED = {
     "before anything is on the device: files read, networks made, what an error says": [
+        "checkpoint.bit_packing:unpack_bits",
         "checkpoint.packed:_split",
         "checkpoint.packed:_unpack_layer",
-        "checkpoint.packed:unpack_bits",
         "checkpoint.weights:_hint",
         "checkpoint.weights:_is_float_bias",
         "data.images:*Set.subset",
