@@ -14,7 +14,7 @@ from apot_fat.quant.spec import FLOAT_BITS
 from apot_fat.quant.tracing import trace
 from apot_fat.quant.units import along_rows
 
-_Layer = nn.Conv1d | nn.Conv2d | nn.Linear
+_Layer = nn.Conv1d | nn.Conv2d
 
 
 @torch.no_grad()
@@ -31,7 +31,8 @@ def balance_filters(model: nn.Module) -> nn.Module:
 
     Args:
         model: a network that is not quantized yet, or at 32 bits. Quantized layers, those whose output goes elsewhere
-            too, and those called more than once stay as they are.
+            too, and those called more than once stay as they are; so do linear layers: of their (N, L, C) a batch norm
+            normalises L, and a trace knows no shapes.
 
     Returns:
         The model: the same function, in training and evaluation.
@@ -70,7 +71,7 @@ def _layers_with_norms(model: nn.Module) -> Iterator[tuple[_Layer, BatchNorm]]:
             continue
         if isinstance(layer, AnyQuantized) and layer.spec.weight_bits != FLOAT_BITS:
             continue
-        if norm.weight is None or norm.running_mean is None:
+        if norm.weight is None or norm.running_mean is None or norm.num_features != layer.out_channels:
             continue
         if uses[id(layer.weight)] == uses[id(norm.weight)] == 1:
             yield layer, norm
