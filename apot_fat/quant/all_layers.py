@@ -96,6 +96,10 @@ def set_bits(model: nn.Module, bits: int) -> nn.Module:
     Layers whose bits were given to ``quantize`` by name keep them, and a side that is float where the layer's other is
     not (``weight_bits=32`` or ``act_bits=32`` of ``quantize``) stays float; of a layer at 32 bits both sides are set.
 
+    From 32 bits thresholds are new: the constants of the ``QuantSpec``. Where weights are not normalised, as after
+    ``quantize``, those of weights are fitted instead, and those of inputs are what they were before 32 bits; a network
+    that was never at fewer needs them fitted: ``initialize_thresholds(model, batch)``.
+
     Args:
         model: any network that holds ``QuantConv2d`` or ``QuantLinear``; those of ``EIGHT_BIT`` stay as they are.
         bits: 2 to 8, or 32. Make the optimiser afterwards: from 32 bits the thresholds are new parameters.
@@ -116,7 +120,14 @@ def set_bits(model: nn.Module, bits: int) -> nn.Module:
     for layer in layers:
         if layer.fixed_bits:
             continue
-        layer.spec = _with_bits_of_quantized_sides(layer.spec, bits)
+        spec, was_float = _with_bits_of_quantized_sides(layer.spec, bits), layer.weight_alpha is None
+        constants_fit = spec.weight_norm != "none" or spec.weight_alpha is None  # a constant is of normalised weights
+        act_alpha = layer.clipping_thresholds()[1]
+        if not constants_fit and spec.act_bits == FLOAT_BITS and act_alpha is not None:
+            spec = replace(spec, act_alpha=act_alpha)
+        layer.spec = spec
+        if not constants_fit and was_float:
+            layer.fit_weight_alpha()
     return model
 
 

@@ -102,6 +102,17 @@ class _QuantLayer(seam.MemoryLayer):
         steps = self.weight_quantizer.initial_step(self.transformed_weight(), per_channel=self.weight_alpha.dim() > 0)
         self.weight_alpha.copy_(steps)
 
+    @torch.no_grad()
+    def fit_weight_alpha(self) -> None:
+        """Set the weight's thresholds, of the layer or of each channel, to those of least squared error.
+
+        A layer without one, or whose threshold is not learned, is left as it is. About 1,000 values taken at random
+        stand for a channel's.
+        """
+        quantizer, alpha = self.weight_quantizer, self.weight_alpha
+        if quantizer is not None and alpha is not None and self.spec.weight_alpha_learned:
+            alpha.copy_(quantizer.fit(self.transformed_weight(), per_channel=alpha.dim() > 0))
+
     @property
     def bit(self) -> int:
         """Bits of the weight (the published attribute)."""

@@ -50,7 +50,7 @@ def initialize_thresholds(model: nn.Module, batch: Tensor, rule: str = "mse") ->
         raise ValueError(f"{type(model).__name__} holds no quantized layer: there is no threshold to set")
     for layer in waiting.values():
         if rule == "mse":
-            fit_weight_threshold(layer)
+            layer.fit_weight_alpha()
         elif layer.weight_alpha is not None and layer.spec.weight_alpha_learned:
             layer.set_weight_alpha_from_step()
 
@@ -72,18 +72,6 @@ def initialize_thresholds(model: nn.Module, batch: Tensor, rule: str = "mse") ->
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"batch of shape {tuple(batch.shape)}: the network refuses it ({one_line(error)})") from error
     return model
-
-
-@torch.no_grad()
-def fit_weight_threshold(layer: AnyQuantized) -> None:
-    """Set a layer's weight thresholds, of the layer or of each channel, to those of least squared error, in place.
-
-    A layer without one, or whose threshold is not learned, is left as it is. About 1,000 values taken at random stand
-    for a channel's.
-    """
-    quantizer, alpha = layer.weight_quantizer, layer.weight_alpha
-    if quantizer is not None and alpha is not None and layer.spec.weight_alpha_learned:
-        alpha.copy_(quantizer.fit(layer.transformed_weight(), per_channel=alpha.dim() > 0))
 
 
 @contextmanager

@@ -31,7 +31,6 @@ from apot_fat.quant.convert.plan import NetworkPlan, base_spec, plan_network
 from apot_fat.quant.convert.reconstruction import Reconstruction, tune_blocks
 from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.spec import FLOAT_BITS
-from apot_fat.quant.thresholds import fit_weight_threshold
 
 COMPILED_FROM = 1 << 28
 """Values of all layers' inputs, on the calibration inputs, from which quantizers are compiled to run on them twice."""
@@ -126,7 +125,7 @@ def convert_planned(plan: NetworkPlan, name: str) -> None:
     layer = convert_layer(plan.layers[name], planned.spec)
     if layer.act_alpha is not None and layer.act_quantizer is not None and seen is not None:
         layer.act_alpha.copy_(layer.act_quantizer.fit(seen.values, per_channel=False))
-    fit_weight_threshold(layer)
+    layer.fit_weight_alpha()
     layer.fixed_bits = layer.fixed_bits or planned.has_own_bits
 
 

@@ -2,17 +2,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apot_fat import QuantConv2d, QuantLinear, allocate_bits, dequantize, preset, quantize, set_bits
+from apot_fat import (
+    QuantConv2d,
+    QuantLinear,
+    allocate_bits,
+    dequantize,
+    load_packed,
+    preset,
+    quantize,
+    save_packed,
+    set_bits,
+)
 from apot_fat.models import create_model
 from apot_fat.quant import (
     EIGHT_BIT,
     fit_threshold,
+    initialize_thresholds,
     level_set,
     quantize_activation,
     set_kernels,
@@ -332,6 +344,41 @@ def test_overrides_exclusions_and_set_bits() -> None:
     set_bits(model, 2)
     assert [layer.spec.weight_bits for _, layer in threshold_layers(model)] == [5, 8, 8, 2]
     assert model(torch.rand(1, 2, 3, 3)).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["apot", "fat"])
+def test_a_network_comes_back_from_32_bits(method: str, tmp_path: Path) -> None:
+    model, x = trained_network()
+    with torch.no_grad():
+        expected = model(x)
+        quantize(model, 4, method, calibration=x)
+        before = model(x)
+        set_bits(model, 32)
+        assert (model(x) - expected).norm() < 0.2 * expected.norm()
+        save_packed(model, tmp_path / "float.safetensors")
+        loaded = load_packed(tmp_path / "float.safetensors", trained_network()[0])
+        for network in (model,) if method == "fat" else (model, loaded):  # a file holds no transform
+            torch.testing.assert_close(set_bits(network, 4)(x), before, atol=0, rtol=0)
+
+
+def test_weights_that_were_float_from_the_start_get_fitted_thresholds() -> None:
+    model, x = trained_network()
+    with torch.no_grad():
+        expected = model(x)
+        quantize(model, 32, calibration=x)
+        for _, layer in threshold_layers(set_bits(model, 4)):
+            assert (layer.quantized_weight() - layer.weight).norm() < 0.2 * layer.weight.norm()
+        initialize_thresholds(model, x)
+        assert (model(x) - expected).norm() < 0.4 * expected.norm()
+
+
+def test_a_preset_s_network_starts_again_at_its_constants() -> None:
+    model = create_model("resnet20", "apot-cifar", 3)
+    for _, layer in threshold_layers(model):
+        layer.weight_alpha.data.fill_(2.0)  # type: ignore[union-attr]
+        layer.act_alpha.data.fill_(2.0)  # type: ignore[union-attr]
+    set_bits(set_bits(model, 32), 3)
+    assert {layer.clipping_thresholds() for _, layer in threshold_layers(model)} == {(3.0, 8.0)}
 
 
 def test_a_float_side_is_called_float() -> None:
