@@ -1,7 +1,7 @@
 """What a layer computed of its parameters once in evaluation, kept while they stay.
 
 Kept only in evaluation mode and where no gradient can flow; given up on ``train()``, ``eval()``, ``to()``, where a
-gradient can flow (an optimizer's step may follow) and on any change that a tensor's version counter shows
+gradient can flow, after any optimizer's step, and on any change that a tensor's version counter shows
 (``load_state_dict``, in-place writes). A write through ``.data`` shows nowhere: call ``eval()`` after it. Neither
 saved nor copied. Under PyTorch's ``fully_shard`` nothing is kept.
 """
@@ -15,6 +15,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from apot_fat.quant.fast.byte_product import ByteWeight, multiplies_bytes, pack_weight
 from apot_fat.quant.fast.remade import conv_settings
@@ -46,7 +47,16 @@ class Kept:
     copied: Tensor | None = None
 
 
+_steps = 0  # of all optimizers: those of fused ones show in no version counter
 _graphs_may_read = False  # torch.compile guards it: a graph cannot check whether what is kept is up to date
+
+
+def _count_step(*_: object) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def _weight_sources(layer: Any) -> tuple[Tensor, ...]:
@@ -58,7 +68,7 @@ def kept_weight(layer: MemoryLayer, compute: Callable[[], Tensor]) -> Tensor:
     sources = _weight_sources(layer)
     needs_gradient = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
     if needs_gradient and not torch.compiler.is_compiling():
-        forget(layer)  # the step of a fused optimizer shows in no version counter
+        forget(layer)  # a compiled step, which calls no hook, may follow
     if layer.training or needs_gradient:
         return compute()
     if torch.compiler.is_compiling():
@@ -72,7 +82,7 @@ def _keep(layer: MemoryLayer, name: str, sources: tuple[Tensor, ...], compute: C
     # fully_shard gathers changed weights into the same tensors, and no version counter shows it
     if getattr(layer, "_is_fsdp_managed_module", False) or not all(map(_shows_changes, sources)):
         return compute()
-    state = tuple(part for s in sources for part in (id(s), s._version, s.data_ptr(), s.dtype))
+    state = (_steps, *(part for s in sources for part in (id(s), s._version, s.data_ptr(), s.dtype)))
     if layer._kept is None:
         layer._kept = Kept()
     entry: _Entry[T] | None = getattr(layer._kept, name)

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,23 @@ def test_a_compiled_network_takes_kept_weights_only_while_they_are_current() -> 
             layer.weight.mul_(-1)  # neither train() nor eval() tells
             torch.testing.assert_close(graph(x), layer(x))
             assert not torch.allclose(graph(x), inside)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_fused_step_behind_a_pass_without_gradients_shows(
+    make: Callable[..., torch.optim.Optimizer], bits: int
+) -> None:
+    spec = EIGHT_BIT if bits == 8 else preset("apot-cifar", bits)
+    model = nn.Sequential(QuantConv2d(3, 8, 3, spec=spec), nn.ReLU(), QuantConv2d(8, 4, 3, spec=spec)).eval()
+    optimizer, x = make(model.parameters(), 0.05, fused=True), torch.rand(2, 3, 8, 8)
+    model(x).sum().backward()
+    for _ in range(2):
+        with torch.no_grad():
+            model(x)
+        optimizer.step()
+        with torch.no_grad():
+            assert torch.equal(model(x), copy.deepcopy(model)(x))
 
 
 @pytest.mark.parametrize("fused", [False, True])  # which no version counter shows
