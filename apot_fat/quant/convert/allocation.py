@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from apot_fat.optional import needed_for
-from apot_fat.quant.convert.batches import Calibration, read_batches, run_batch
+from apot_fat.quant.convert.batches import Calibration, count_inputs, first_batches, read_batches, run_batch
 from apot_fat.quant.convert.calibration import run_quantized
 from apot_fat.quant.convert.layer import leave_fast_paths
 from apot_fat.quant.convert.network import convert_planned, refuse_idle, relative_error, unchanged
@@ -195,14 +195,9 @@ def _checked_choices(choices: Sequence[int]) -> list[int]:
 
 def _first(batches: list[Any]) -> list[Any]:
     # about MOST_INPUTS of the inputs
-    taken: list[Any] = []
-    count = 0
-    for batch in batches:
-        if count >= MOST_INPUTS:
-            break
-        taken.append(batch[: MOST_INPUTS - count] if isinstance(batch, Tensor) else batch)
-        count += len(batch) if isinstance(batch, Tensor) else 1
-    return taken
+    *taken, last = first_batches(batches, MOST_INPUTS)
+    left = MOST_INPUTS - sum(map(count_inputs, taken))
+    return [*taken, last[:left] if isinstance(last, Tensor) else last]
 
 
 def _multiplications(model: nn.Module, plan: NetworkPlan, names: list[str]) -> dict[str, int]:
@@ -229,7 +224,7 @@ def _loss(model: nn.Module, plan: NetworkPlan, name: str, bits: int) -> float:
     with unchanged(model):
         convert_planned(alone, name)
         leave_fast_paths(model)
-        move_batch_norms(model, plan.passes.norms, plan.batches[0])
+        move_batch_norms(model, plan.passes.norms, plan.batches)
         ran, output = run_quantized(model, get_args(AnyQuantized), plan.batches)
         refuse_idle(model, alone, ran)
     error = None if output is None or plan.passes.output is None else relative_error(plan.passes.output, output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -32,6 +33,17 @@ def read_batches(calibration: Calibration) -> list[Any]:
             if x.isnan().any() or (isinstance(batch, Tensor) and x.isinf().any()):
                 raise ValueError(f"calibration: batch {place} of {len(batches)} holds NaN or infinity: leave it out")
     return batches
+
+
+def count_inputs(batch: Any) -> int:
+    """How many inputs a batch holds: the length of its first tensor."""
+    return next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 1)
+
+
+def first_batches(batches: list[Any], inputs: int) -> list[Any]:
+    """The first that hold so many inputs between them; all of them where they hold fewer."""
+    before = accumulate(map(count_inputs, batches[:-1]), initial=0)
+    return [batch for batch, count in zip(batches, before, strict=True) if count < inputs]
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from apot_fat.quant.convert.batches import floating, run_batch
-from apot_fat.quant.convert.norms import batch_norms, channel_statistics
+from apot_fat.quant.convert.batches import first_batches, floating, run_batch
+from apot_fat.quant.convert.norms import Statistics, batch_norms, channel_statistics
 from apot_fat.quant.fitting import FIT_SAMPLES
 from apot_fat.quant.sampling import sample
 from apot_fat.quant.watching import evaluation_mode, watch_inputs, watch_outputs
 
+NORM_INPUTS = 256
+"""Calibration inputs that batch norms are moved by, or the first batch where that holds more."""
 _OUTPUT_SAMPLES = 1 << 14
 
 
@@ -46,12 +48,12 @@ class Passes:
     Args:
         layers: in the order of their first calls.
         output: some values of its outputs, or None where there are none.
-        norms: mean and variance of each channel before each batch norm, on the first batch.
+        norms: statistics of what reaches each batch norm, one mapping for each of the first batches.
     """
 
     layers: dict[str, Seen]
     output: Tensor | None
-    norms: dict[nn.Module, tuple[Tensor, Tensor]]
+    norms: list[dict[nn.Module, Statistics]]
 
 
 @torch.no_grad()
@@ -82,10 +84,11 @@ def watch_layers(model: nn.Module, layers: Mapping[str, nn.Module], batches: lis
 
     outputs = []
     broken: list[str] = []
-    norms: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    norms: list[dict[nn.Module, Statistics]] = [{} for _ in first_batches(batches, NORM_INPUTS)]
 
     def note_statistics(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        norms.setdefault(norm, channel_statistics(inputs[0]))
+        if place <= len(norms):
+            norms[place - 1].setdefault(norm, channel_statistics(inputs[0]))
 
     with (
         evaluation_mode(model),

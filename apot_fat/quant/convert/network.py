@@ -111,7 +111,7 @@ def quantize(
             # the first compilation takes half a minute: two passes over few inputs take seconds without
             few = tuning is None and sum(seen.count for seen in plan.passes.layers.values()) < COMPILED_FROM
             with seam.speed.uncompiled() if few else nullcontext():
-                move_batch_norms(model, plan.passes.norms, plan.batches[0])
+                move_batch_norms(model, plan.passes.norms, plan.batches)
                 if tuning is not None and reference is not None:
                     refuse_idle(model, plan, run_quantized(model, get_args(AnyQuantized), plan.batches[:1])[0])
                     tune_blocks(model, reference, plan.batches, tuning)

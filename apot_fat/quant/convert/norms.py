@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from apot_fat.quant.convert.batches import run_batch
 from apot_fat.quant.watching import evaluation_mode, watch_inputs
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
-_FEWEST_VALUES = 16  # of a channel in a batch, for statistics
+_FEWEST_VALUES = 16  # of a channel, for statistics
 
 
 def batch_norms(model: nn.Module) -> list[BatchNorm]:
@@ -21,38 +21,66 @@ def batch_norms(model: nn.Module) -> list[BatchNorm]:
     return [norm for norm in norms if norm.running_mean is not None]
 
 
-def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel, dimension 1; float32."""
+class Statistics(NamedTuple):
+    """Of each channel of what reaches a batch norm; float32, (C,).
+
+    Args:
+        count: values of a channel.
+    """
+
+    count: int
+    mean: Tensor
+    variance: Tensor
+
+    def pooled(self, other: Statistics) -> Statistics:
+        """Those of both together."""
+        count = self.count + other.count
+        moved, share = other.mean - self.mean, other.count / count
+        variance = self.variance + (other.variance - self.variance) * share + moved.square() * (share * (1 - share))
+        return Statistics(count, self.mean + moved * share, variance)
+
+
+def channel_statistics(x: Tensor) -> Statistics:
+    """Those of each channel, dimension 1."""
     values_CN = x.detach().float().transpose(0, 1).flatten(1)
-    return values_CN.mean(1), values_CN.var(1, correction=0)
+    return Statistics(values_CN.shape[1], values_CN.mean(1), values_CN.var(1, correction=0))
 
 
 @torch.no_grad()
-def move_batch_norms(model: nn.Module, before: Mapping[nn.Module, tuple[Tensor, Tensor]], batch: Any) -> None:
+def move_batch_norms(model: nn.Module, before: Sequence[Mapping[nn.Module, Statistics]], batches: list[Any]) -> None:
     """Move the statistics of batch norms by as much as quantization moved what reaches them, in place.
 
-    Equation: running_mean ← running_mean + m_q − m, running_var ← running_var · v_q / v of each channel on the batch.
-    In one pass: each norm is moved as it is reached, so that what follows sees it moved.
+    Equation: running_mean ← running_mean + m_q − m, running_var ← running_var · v_q / v of each channel over the
+    batches. In one pass: each norm is moved as it is reached, by the batches so far, so that what follows sees it
+    moved. A norm that sees too few values for statistics stays.
 
     Args:
         model: the converted network.
-        before: m and v of the float network on the same batch.
-        batch: the batch.
+        before: m and v of the float network on each of the first batches.
+        batches: the batches.
     """
-    waiting = dict(before)
+    start: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    seen: dict[nn.Module, tuple[Statistics, Statistics]] = {}  # in the float network, and here
 
     def move(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
         if norm not in waiting:
             return
         assert isinstance(norm.running_mean, Tensor)
         assert isinstance(norm.running_var, Tensor)
-        mean, variance = waiting.pop(norm)
-        mean_q, variance_q = channel_statistics(inputs[0])
-        norm.running_mean += mean_q - mean
-        norm.running_var *= torch.where((variance > 0) & (variance_q > 0), variance_q / variance, 1)
+        exact, quantized = waiting.pop(norm), channel_statistics(inputs[0])
+        if norm in seen:
+            exact, quantized = seen[norm][0].pooled(exact), seen[norm][1].pooled(quantized)
+        seen[norm] = exact, quantized
+        mean, variance = start.setdefault(norm, (norm.running_mean.clone(), norm.running_var.clone()))
+        if exact.count >= _FEWEST_VALUES:
+            v, v_q = exact.variance, quantized.variance
+            norm.running_mean.copy_(mean + (quantized.mean - exact.mean))
+            norm.running_var.copy_(variance * torch.where((v > 0) & (v_q > 0), v_q / v, 1))
 
-    with evaluation_mode(model), watch_inputs(before, move):
-        run_batch(model, batch)
+    with evaluation_mode(model), watch_inputs({norm for norms in before for norm in norms}, move):
+        for norms, batch in zip(before, batches, strict=False):
+            waiting = dict(norms)
+            run_batch(model, batch)
 
 
 @torch.no_grad()

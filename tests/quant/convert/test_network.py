@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,6 +203,31 @@ def test_batch_norms_move_by_what_quantization_moved() -> None:
             means = [mean_before(network, name, x) for network in (before, model)]
             moved = model.get_submodule(name).running_mean - norm.running_mean  # type: ignore[operator]
             torch.testing.assert_close(moved, means[1] - means[0], rtol=1e-3, atol=1e-4)
+
+
+def test_batch_norms_move_alike_whatever_the_size_of_the_batches() -> None:
+    torch.manual_seed(1)
+    norms = [nn.BatchNorm1d(64) for _ in range(3)]
+    widths = itertools.pairwise((10, 64, 64, 64))
+    layers = [(nn.Linear(a, b), norm, nn.ReLU()) for (a, b), norm in zip(widths, norms, strict=True)]
+    model, x = nn.Sequential(*itertools.chain(*layers), nn.Linear(64, 5)), torch.randn(512, 10)
+    with torch.no_grad():
+        for _ in range(30):
+            model(x[torch.randperm(512)[:128]])
+    errors = {}
+    for size in (512, 32, 4, 2, 1):
+        done = quantize(network := copy.deepcopy(model), 4, calibration=x.split(size))
+        assert done.error is not None
+        errors[size] = done.error
+        assert network[1].running_mean.ne(model[1].running_mean).all()  # type: ignore[union-attr]
+    assert max(errors.values()) < 1.1 * errors[512], errors
+
+
+def test_a_batch_norm_that_sees_few_values_stays() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 2)).eval()
+    before = copy.deepcopy(model[1].state_dict())
+    quantize(model, 3, calibration=torch.randn(15, 4))
+    torch.testing.assert_close(model[1].state_dict(), before, atol=0, rtol=0)
 
 
 def mean_before(network: nn.Module, name: str, x: Tensor) -> Tensor:
