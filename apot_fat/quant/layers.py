@@ -86,10 +86,12 @@ class _QuantLayer(seam.MemoryLayer):
             self.register_parameter(name, None)
         elif before is None:
             like = torch.promote_types(self.weight.dtype, torch.float32)
-            self.register_parameter(name, nn.Parameter(torch.full(shape, value, dtype=like, device=self.weight.device)))
+            with torch.inference_mode(False):  # or it could not be trained
+                values = torch.full(shape, value, dtype=like, device=self.weight.device)
+            self.register_parameter(name, nn.Parameter(values))
             return True
         elif before.shape != shape:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 values = before.expand(shape) if shape else before.mean()
                 self.register_parameter(name, nn.Parameter(values.clone(), before.requires_grad))
         return False

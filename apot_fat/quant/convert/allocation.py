@@ -115,6 +115,7 @@ class Allocation(Mapping[str, dict[str, int]]):
         return f"{self.table()}\n{self.average:.3f} bits a weight, {counts}; predicted error {self.error:.3g}"
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def allocate_bits(
     model: nn.Module,

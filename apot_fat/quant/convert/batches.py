@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from apot_fat.text import one_line
 
@@ -28,6 +28,7 @@ def read_batches(calibration: Calibration) -> list[Any]:
     batches = [item[0] if isinstance(item, tuple | list) else item for item in items]
     if not batches:
         raise ValueError("calibration: no batch; give a tensor of inputs, or an iterable of batches")
+    batches = tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, batches)
     for place, batch in enumerate(batches, 1):
         for x in floating(batch):
             if x.isnan().any() or (isinstance(batch, Tensor) and x.isinf().any()):

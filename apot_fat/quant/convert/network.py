@@ -36,6 +36,7 @@ COMPILED_FROM = 1 << 28
 """Values of all layers' inputs, on the calibration inputs, from which quantizers are compiled to run on them twice."""
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def quantize(
     model: nn.Module,

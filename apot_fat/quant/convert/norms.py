@@ -25,19 +25,19 @@ class Statistics(NamedTuple):
     """Of each channel of what reaches a batch norm; float32, (C,).
 
     Args:
-        count: values of a channel.
+        size: values of a channel.
     """
 
-    count: int
+    size: int
     mean: Tensor
     variance: Tensor
 
     def pooled(self, other: Statistics) -> Statistics:
         """Those of both together."""
-        count = self.count + other.count
-        moved, share = other.mean - self.mean, other.count / count
+        size = self.size + other.size
+        moved, share = other.mean - self.mean, other.size / size
         variance = self.variance + (other.variance - self.variance) * share + moved.square() * (share * (1 - share))
-        return Statistics(count, self.mean + moved * share, variance)
+        return Statistics(size, self.mean + moved * share, variance)
 
 
 def channel_statistics(x: Tensor) -> Statistics:
@@ -72,7 +72,7 @@ def move_batch_norms(model: nn.Module, before: Sequence[Mapping[nn.Module, Stati
             exact, quantized = seen[norm][0].pooled(exact), seen[norm][1].pooled(quantized)
         seen[norm] = exact, quantized
         mean, variance = start.setdefault(norm, (norm.running_mean.clone(), norm.running_var.clone()))
-        if exact.count >= _FEWEST_VALUES:
+        if exact.size >= _FEWEST_VALUES:
             v, v_q = exact.variance, quantized.variance
             norm.running_mean.copy_(mean + (quantized.mean - exact.mean))
             norm.running_var.copy_(variance * torch.where((v > 0) & (v_q > 0), v_q / v, 1))

@@ -128,6 +128,10 @@ def _layers_to_convert(model: nn.Module) -> dict[str, nn.Module]:
     already = [name for name, module in layers.items() if _is_quantized(module)]
     if already:
         raise ValueError(f"layer {already[0]!r} is quantized already: use set_bits, or dequantize the network first")
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            f"{type(model).__name__} was made within torch.inference_mode() and cannot change: make it outside"
+        )
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no Conv2d or Linear: there is nothing to convert")
     return layers

@@ -69,6 +69,7 @@ class Reconstruction:
                 raise ValueError(f"{name} {value!r}: choose a number from {low} to {high:g}")
 
 
+@torch.inference_mode(False)
 def reconstruct(
     model: nn.Module, reference: nn.Module, calibration: Calibration, options: Reconstruction | None = None
 ) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from apot_fat import (
     QuantConv2d,
     QuantLinear,
+    Reconstruction,
     allocate_bits,
     dequantize,
     load_packed,
@@ -219,7 +220,7 @@ def test_batch_norms_move_alike_whatever_the_size_of_the_batches() -> None:
         done = quantize(network := copy.deepcopy(model), 4, calibration=x.split(size))
         assert done.error is not None
         errors[size] = done.error
-        assert network[1].running_mean.ne(model[1].running_mean).all()  # type: ignore[union-attr]
+        assert not torch.equal(network[1].running_mean, model[1].running_mean)  # type: ignore[arg-type]
     assert max(errors.values()) < 1.1 * errors[512], errors
 
 
@@ -473,14 +474,14 @@ def test_inputs_and_networks_that_are_not_finite_are_refused(work: Callable[...,
         work(model, calibration=damaged.split(16))
     torch.testing.assert_close(dict(model.state_dict()), dict(before), atol=0, rtol=0)
     with torch.no_grad():
-        model[7].bias[0] = wrong  # type: ignore[operator,index,union-attr]
+        model[7].bias[0] = wrong  # type: ignore[index]
         before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"Sequential: layer '9' takes NaN or infinity on batch 1 of 1"):
         work(model, calibration=x)
     torch.testing.assert_close(dict(model.state_dict()), dict(before), atol=0, rtol=0, equal_nan=True)
     with torch.no_grad():
-        model[7].bias[0] = 0.0  # type: ignore[operator,index,union-attr]
-        model[12].bias[0] = float("nan")  # type: ignore[operator,index,union-attr]
+        model[7].bias[0] = 0.0  # type: ignore[index]
+        model[12].bias[0] = float("nan")  # type: ignore[index]
     with pytest.raises(ValueError, match=r"Sequential: it gives NaN"):
         work(model, calibration=x)
 
@@ -508,6 +509,27 @@ def test_tokens_and_masks_are_calibrated_on() -> None:
         done = quantize(Masked(), 8, calibration=calibration)
         assert done.error is not None
         assert done.error < 0.1
+
+
+@pytest.mark.parametrize("tuned", [False, Reconstruction(steps=2, joint_steps=2)])
+def test_a_network_quantized_in_inference_mode_can_be_trained(tuned: bool | Reconstruction) -> None:
+    model, x = trained_network()
+    plain, x = copy.deepcopy(model), x.clone()
+    quantize(plain, 4, calibration=x, reconstruct=tuned)
+    set_bits(set_bits(plain, 32), 4)
+    with torch.inference_mode():
+        assert allocate_bits(model, x.clone(), average=8).rows[0].bits == 8
+        done = quantize(model, 4, calibration=[x.clone()], reconstruct=tuned)
+        set_bits(set_bits(model, 32), 4)
+    assert done.error is not None
+    assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+    torch.testing.assert_close(model(x), plain(x), atol=0, rtol=0)
+    model.train()(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with torch.inference_mode():
+        made = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    with pytest.raises(ValueError, match=r"Sequential was made within torch\.inference_mode"):
+        quantize(made, 4)
 
 
 def test_bad_requests_change_nothing() -> None:
