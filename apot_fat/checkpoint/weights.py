@@ -44,12 +44,12 @@ def load_weights(
 ) -> nn.Module:
     """Load weights in any published naming, or ours, strictly.
 
-    Accepted: a path, a checkpoint dict (``state_dict`` or ``model``), or a state dict; names with or without
-    ``module.``; thresholds as ``weight_quant.wgt_alpha`` or ``weight_alpha``; FAT's ``weight_quant.transform.weight``,
-    its last layer named ``linear``, and the unused ``transform.weight`` of its first and last layers. A layer's
-    threshold becomes that of each channel where the network has one a channel; not the other way round. A
-    full-precision network leaves out the unused thresholds and transforms of published ones: they are all still at
-    their initial values.
+    Accepted: a path, a checkpoint dict (``state_dict`` or ``model``), or a state dict; the network's own names, and
+    others with or without ``module.``; thresholds as ``weight_quant.wgt_alpha`` or ``weight_alpha``; FAT's
+    ``weight_quant.transform.weight``, its last layer named ``linear``, and the unused ``transform.weight`` of its first
+    and last layers. A layer's threshold becomes that of each channel where the network has one a channel; not the other
+    way round. A full-precision network leaves out the unused thresholds and transforms of published ones: they are all
+    still at their initial values.
 
     Args:
         model: the network to fill in place.
@@ -232,8 +232,8 @@ def _rename(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     own = model.state_dict()
     renamed = {}
     for published, tensor in state.items():
-        name = _our_name(published)
-        if "fc.weight" in own and name.startswith("linear."):
+        name = published if published in own else _our_name(published)
+        if name not in own and "fc.weight" in own and name.startswith("linear."):
             name = f"fc.{name.removeprefix('linear.')}"
         if _UNUSED_TRANSFORM.search(name) and name not in own:
             continue

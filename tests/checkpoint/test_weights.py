@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from apot_fat import load_weights
 from apot_fat.checkpoint import best_accuracy, checkpoint_thresholds, read_checkpoint, state_dict_of
@@ -86,6 +87,17 @@ def test_misfits_name_what_is_wrong_and_change_nothing() -> None:
             load_weights(model, {**state, "fc.bias": odd})
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], atol=0, rtol=0)
+
+
+def test_a_network_s_own_names_are_never_renamed() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.fc, self.module = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    source = Named().state_dict()
+    for state in (source, {f"module.{name}": tensor for name, tensor in source.items()}):
+        torch.testing.assert_close(dict(load_weights(Named(), state).state_dict()), dict(source), atol=0, rtol=0)
 
 
 def test_another_bit_width_keeps_initial_thresholds() -> None:
