@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from apot_fat.checkpoint.bit_packing import MOST_BITS, pack_bits, unpack_bits
 from apot_fat.checkpoint.files import atomic_write
+from apot_fat.checkpoint.network_state import checked_state, unique_state, unwrapped
 from apot_fat.checkpoint.weights import check_type, check_values, checkpoint_thresholds
 from apot_fat.models import create_model
 from apot_fat.optional import needed_for
@@ -65,18 +66,21 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     Returns:
         The size of the file in bytes.
 
+    Of a network in ``DataParallel`` or ``torch.compile`` the network itself is written.
+
     Raises:
         ValueError: no quantized layer, one that shares its weight with another module, powers of two over more than
-            2^31, or values that no network has (NaN); nothing is then written.
+            2^31, values that no network has (NaN), or none (meta); a module's extra state. Nothing is then written.
         MissingPackageError: safetensors.
     """
     with needed_for(_PURPOSE):
         from safetensors.torch import save_file
+    model = unwrapped(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AnyQuantized)}
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no quantized layer: there is nothing to pack")
     _check_own_weights(model, layers)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in checked_state(model).items():
         check_values(name, tensor, type(model).__name__)
     tensors: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
@@ -116,8 +120,8 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         The network, in evaluation mode.
 
     Raises:
-        ValueError: no such file, no packed file or a damaged one, or one of another network; a given network is then
-            unchanged.
+        ValueError: no such file, no packed file or a damaged one, one of another network, or a network without values
+            (meta) to fill; a given network is then unchanged.
         MissingPackageError: safetensors.
     """
     path = Path(path)
@@ -148,10 +152,12 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
             raise ValueError(f"packed file {path}: its metadata are damaged") from error
         model = create_model(**network)
     else:
-        _check_fit(path, model, plans, state)
-    _set_layers(model, plans)
+        checked_state(unwrapped(model))
+        _check_fit(path, unwrapped(model), plans, state)
+    filled = unwrapped(model)
+    _set_layers(filled, plans)
     with torch.no_grad():
-        own = model.state_dict()
+        own = filled.state_dict()
         for name, tensor in state.items():
             own[name].copy_(tensor)
     return model.eval()
@@ -257,7 +263,7 @@ def _check_fit(path: Path, model: nn.Module, plans: Mapping[str, _Plan], state: 
             )
     own = _thresholds(name for name, module in modules.items() if isinstance(module, AnyQuantized))
     thresholds = _thresholds(plans)
-    unique = _unique_state(model)
+    unique = unique_state(model)
     expected = {name: tensor.shape for name, tensor in unique.items() if name not in own}
     for name, plan in plans.items():
         if plan.weight is not None:
@@ -321,16 +327,9 @@ def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:
     return f"of shape {tuple(shapes[name])}" if name in shapes else "missing"
 
 
-def _unique_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without the further names of what is shared."""
-    return {
-        name: tensor for tensor, name in {t: n for n, t in reversed(model.state_dict(keep_vars=True).items())}.items()
-    }
-
-
 def _left_over(model: nn.Module, layers: Mapping[str, nn.Module], packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     left = {}
-    for name, tensor in _unique_state(model).items():
+    for name, tensor in unique_state(model).items():
         layer, _, kind = name.rpartition(".")
         if name in packed or (layer in layers and kind == "transform"):
             continue

@@ -4,6 +4,7 @@ import base64
 import copy
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,38 @@ def test_what_cannot_be_packed(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             save_packed(model, tmp_path / "no.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+class WithExtraState(nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+
+def test_a_state_that_is_no_tensor_with_values_is_refused(tmp_path: Path) -> None:
+    model, path = nn.Sequential(*own_network(), WithExtraState(2, 2)), tmp_path / "a.safetensors"
+    quantize(model, 4)
+    with pytest.raises(ValueError, match=r"Sequential: 10\._extra_state is no parameter or buffer"):
+        save_packed(model, path)
+    model = own_network()
+    quantize(model, 4)
+    with pytest.raises(ValueError, match=r"Sequential: 0\.weight is a tensor without values \(meta\)"):
+        save_packed(copy.deepcopy(model).to("meta"), path)
+    assert not list(tmp_path.iterdir())
+    save_packed(model, path)
+    with pytest.raises(ValueError, match=r"Sequential: 0\.weight is a tensor without values \(meta\)"):
+        load_packed(path, own_network().to("meta"))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_network_is_written_and_filled_as_itself(wrap: Callable[..., nn.Module], tmp_path: Path) -> None:
+    model, x = own_network(), torch.randn(2, 3, 4, 4)
+    wrapped = wrap(model)
+    quantize(wrapped, 4)
+    save_packed(wrapped, tmp_path / "a.safetensors")
+    torch.testing.assert_close(logits(load_packed(tmp_path / "a.safetensors", own_network()), x), logits(model, x))
+    filled = wrap(own_network())
+    assert load_packed(tmp_path / "a.safetensors", filled) is filled
+    torch.testing.assert_close(logits(filled, x), logits(model, x))
 
 
 def test_bad_files(tmp_path: Path) -> None:

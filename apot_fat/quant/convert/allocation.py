@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -151,7 +152,7 @@ def allocate_bits(
 
     Raises:
         ValueError: as ``quantize``; choices or budgets out of range; a budget too small for the lowest of the choices;
-            outputs without floating tensors of one shape, as a detector's boxes.
+            outputs without finite tensors of one shape, as a detector's boxes; no layer to choose bits for.
     """
     bits = _checked_choices(choices)
     budgets = {"average": average, "bytes": bytes, "bit_operations": bit_operations}
@@ -171,6 +172,10 @@ def allocate_bits(
         calibration=few,
     )
     names = [name for name, planned in plan.plans.items() if planned.spec.weight_scale == "threshold"]
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} holds no layer whose bits can be chosen: all are first, last, excluded or float"
+        )
     macs = _multiplications(model, plan, names)
     rows = []
     with tqdm(total=len(names) * len(bits), desc="bits of layers", unit="pass", leave=False, disable=None) as progress:
@@ -182,6 +187,8 @@ def allocate_bits(
             weight = plan.layers[name].weight
             assert isinstance(weight, Tensor)
             rows.append(AllocatedLayer(name, bits[0], weight.numel(), macs[name], losses))
+    if not any(loss for row in rows for loss in row.losses.values()):
+        raise ValueError(f"{type(model).__name__}: no layer's bits change its output on these inputs: give others")
     return Allocation(tuple(_solve(rows, bits, average, bytes, bit_operations)))
 
 
@@ -229,8 +236,8 @@ def _loss(model: nn.Module, plan: NetworkPlan, name: str, bits: int) -> float:
         ran, output = run_quantized(model, get_args(AnyQuantized), plan.batches)
         refuse_idle(model, alone, ran)
     error = None if output is None or plan.passes.output is None else relative_error(plan.passes.output, output)
-    if error is None:
-        raise ValueError(f"{type(model).__name__}: its output is no tensor of one shape, from which a loss can be told")
+    if error is None or not math.isfinite(error):
+        raise ValueError(f"{type(model).__name__}: its output is no finite tensor of one shape, which a loss needs")
     return error**2
 
 

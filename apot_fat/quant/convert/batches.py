@@ -22,14 +22,22 @@ def read_batches(calibration: Calibration) -> list[Any]:
     """The inputs of each batch, read once and kept.
 
     Raises:
-        ValueError: there is none, or one holds NaN, or an infinity that is no keyword's (which masks may have).
+        ValueError: there is none, or one holds nothing, NaN, or an infinity that is no keyword's (which masks may
+            have).
     """
-    items = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    try:
+        items = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    except TypeError as error:
+        raise ValueError(
+            f"calibration {calibration!r}: give a tensor of inputs, or an iterable of batches ({one_line(error)})"
+        ) from error
     batches = [item[0] if isinstance(item, tuple | list) else item for item in items]
     if not batches:
         raise ValueError("calibration: no batch; give a tensor of inputs, or an iterable of batches")
     batches = tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, batches)
     for place, batch in enumerate(batches, 1):
+        if not count_inputs(batch):
+            raise ValueError(f"calibration: batch {place} of {len(batches)} holds no inputs: leave it out")
         for x in floating(batch):
             if x.isnan().any() or (isinstance(batch, Tensor) and x.isinf().any()):
                 raise ValueError(f"calibration: batch {place} of {len(batches)} holds NaN or infinity: leave it out")
@@ -55,9 +63,11 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     """
     try:
         return model(**batch) if isinstance(batch, Mapping) else model(batch)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         shape = f"of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"(a {type(batch).__name__})"
-        raise ValueError(f"calibration {shape}: the network refuses it ({one_line(error)})") from error
+        raise ValueError(
+            f"calibration {shape}: the network refuses it ({one_line(error) or type(error).__name__})"
+        ) from error
 
 
 def floating(output: Any) -> list[Tensor]:

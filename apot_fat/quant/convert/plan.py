@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -82,7 +82,10 @@ def plan_network(
     if isinstance(edge_bits, bool) or edge_bits not in EDGE_BITS:
         raise ValueError(f"edge_bits {edge_bits!r}: choose 8, or 32 to leave first and last layer float")
     excluded = _matching(exclude, layers, "exclude")
-    given = {pattern: dict(values) for pattern, values in (overrides or {}).items()}
+    overrides = {} if overrides is None else overrides
+    if not isinstance(overrides, Mapping) or not all(isinstance(values, Mapping) for values in overrides.values()):
+        raise ValueError(f"overrides {overrides!r}: give fields by pattern, such as {{'layer1.*': {{'bits': 8}}}}")
+    given = {pattern: dict(values) for pattern, values in overrides.items()}
     _matching(list(given), layers, "overrides")
     batches = None if calibration is None else read_batches(calibration)
     passes = None if batches is None else watch_layers(model, layers, batches)
@@ -163,7 +166,8 @@ def _edges(
 
 def _matching(patterns: Sequence[str], layers: Mapping[str, nn.Module], label: str) -> set[str]:
     matched = set()
-    if isinstance(patterns, str):
+    is_list = isinstance(patterns, Collection) and not isinstance(patterns, str)
+    if not is_list or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"{label} {patterns!r}: give a list of patterns")
     for pattern in patterns:
         hits = {name for name in layers if fnmatchcase(name, pattern)}

@@ -146,9 +146,20 @@ def test_bad_budgets_are_named(given: dict[str, Any], said: str) -> None:
         allocate_bits(convolutional(), images(), **given)
 
 
+def test_where_there_is_nothing_to_choose_it_is_said() -> None:
+    two = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    for model, x, exclude in ((two, torch.rand(8, 4), []), (convolutional(), images(), ["*"])):
+        with pytest.raises(ValueError, match="holds no layer whose bits can be chosen"):
+            allocate_bits(model, x, exclude=exclude)
+    model = convolutional()
+    nn.init.zeros_(model[11].weight)  # type: ignore[index]
+    with pytest.raises(ValueError, match="no layer's bits change its output"):
+        allocate_bits(model, images())
+
+
 def test_a_network_without_a_measurable_output_is_refused() -> None:
     model = Boxes()
-    with pytest.raises(ValueError, match="from which a loss can be told"):
+    with pytest.raises(ValueError, match="which a loss needs"):
         allocate_bits(model, torch.rand(8, 4))
     assert type(model.layers[1]) is nn.Linear
 

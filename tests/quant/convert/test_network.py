@@ -532,6 +532,18 @@ def test_a_network_quantized_in_inference_mode_can_be_trained(tuned: bool | Reco
         quantize(made, 4)
 
 
+@pytest.mark.parametrize("error", [AssertionError(), KeyError("image size")])
+def test_a_network_may_refuse_a_batch_in_any_way(error: Exception) -> None:
+    class Picky(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            raise error
+
+    with pytest.raises(
+        ValueError, match=r"of shape \(2, 4\): the network refuses it \((AssertionError|'image size')\)"
+    ):
+        quantize(Picky(nn.Linear(4, 4), nn.Linear(4, 4)), calibration=torch.rand(2, 4))
+
+
 def test_bad_requests_change_nothing() -> None:
     model = Odd()
     for kwargs, message in (
@@ -541,6 +553,13 @@ def test_bad_requests_change_nothing() -> None:
         ({"edge_bits": 4}, "edge_bits 4"),
         ({"exclude": ["layer9.*"]}, "'layer9.*' matches no"),
         ({"exclude": "stem"}, "give a list"),
+        ({"exclude": [3]}, "exclude .* give a list"),
+        ({"exclude": 3}, "exclude 3: give a list"),
+        ({"overrides": {"stem": 4}}, "overrides .* give fields by pattern, such as"),
+        ({"overrides": ["stem"]}, "overrides .* give fields by pattern, such as"),
+        ({"overrides": {3: {"bits": 4}}}, "overrides .* give a list"),
+        ({"calibration": 5}, "calibration 5: give a tensor of inputs, or"),
+        ({"calibration": torch.empty(0, 3, 8, 8)}, "batch 1 of 1 holds no inputs"),
         ({"overrides": {"shared": {"bit": 3}}}, "unknown field 'bit'"),
         ({"overrides": {"nothing": {"bits": 3}}}, "'nothing' matches no"),
         ({"overrides": {"shared": {"bits": 1}}}, "bits 1"),
