@@ -237,13 +237,13 @@ def _unpack_layer(entry: dict[str, Any], codes: Tensor | None, alpha: Tensor | N
         raise ValueError("a layer has no packed weight")
     if not all(isinstance(size, int) and size >= 0 for size in shape) or codes.numel() != -(-count * bits // 8):
         raise ValueError(f"{codes.numel()} bytes for a weight of shape {shape} and {bits} bits")
-    values = unpack_bits(codes, bits, count)
+    values, exact = unpack_bits(codes, bits, count), torch.promote_types(dtype, torch.float32)
     if by_max:
-        weight = (values + int(entry["offset"])).to(dtype) / spec.weight_set.denominator * float(entry["scale"])
-        return plan._replace(weight=weight.view(shape))
+        weight = (values + int(entry["offset"])).to(exact) / spec.weight_set.denominator * float(entry["scale"])
+        return plan._replace(weight=weight.view(shape).to(dtype))
     if alpha is None or tuple(alpha.shape) != (shape[:1] if spec.weight_per_channel else ()) or alpha.is_complex():
         raise ValueError("a layer has no threshold")
-    signed = spec.weight_set.signed_tensor(torch.promote_types(dtype, torch.float32))
+    signed = spec.weight_set.signed_tensor(exact)
     if count and int(values.max()) >= len(signed):
         raise ValueError(f"code {int(values.max())} of {len(signed)} levels")
     levels = signed[values].view(shape)

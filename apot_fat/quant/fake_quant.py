@@ -99,9 +99,10 @@ def eight_bit_weight(w: Tensor) -> Tensor:
     Departs from the published code where max(w) ≤ 0: that divides by zero or flips the roles of the signs.
     """
     with torch.no_grad():
-        scale = w.max()
-        rounded = (w / scale * 127).round() / 127 * scale
-        rounded = torch.where(scale > 0, rounded, w)
+        exact = w.to(torch.promote_types(w.dtype, torch.float32))
+        scale = exact.max()
+        rounded = (exact / scale * 127).round() / 127 * scale
+        rounded = torch.where(scale > 0, rounded, exact).to(w.dtype)
     return w + (rounded - w).detach()
 
 

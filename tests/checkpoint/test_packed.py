@@ -81,6 +81,23 @@ def test_a_network_of_one_s_own(tmp_path: Path) -> None:
     assert type(other[0]) is nn.Conv2d
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_network_of_another_type_computes_the_same_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    def network() -> nn.Sequential:
+        ends = nn.Conv2d(3, 64, 3), nn.Conv2d(16, 64, 3)
+        return nn.Sequential(ends[0], nn.ReLU(), nn.Conv2d(64, 16, 1), nn.ReLU(), ends[1]).to(dtype)
+
+    model, x, path = network(), torch.randn(4, 3, 8, 8, dtype=dtype), tmp_path / "a.safetensors"
+    with torch.no_grad():
+        next(model.parameters())[3] *= -40  # codes of more than 8 bits
+    quantize(model, 4, calibration=x)
+    save_packed(model, path)
+    loaded = load_packed(path, network())
+    torch.testing.assert_close(logits(loaded, x), logits(model, x), atol=0, rtol=0)
+    save_packed(loaded, path)
+    torch.testing.assert_close(logits(load_packed(path, network()), x), logits(model, x), atol=0, rtol=0)
+
+
 def test_a_weight_without_a_positive_maximum_and_a_negative_threshold(tmp_path: Path) -> None:
     model = create_model("resnet20", "apot-cifar", 3)
     with torch.no_grad():

@@ -87,8 +87,8 @@ def quantize(
 
     Raises:
         ValueError: unknown method, bits or field; a pattern that matches no layer; nothing to convert; a network that
-            is quantized already or refuses a batch; a layer that would not run as a quantized one. The network is then
-            unchanged.
+            is quantized already, refuses a batch, or gives NaN on it; inputs that are NaN or infinite; a layer that
+            would not run as a quantized one. The network is then unchanged.
     """
     base = base_spec(method, bits, weight_bits, act_bits)
     tuning = _tuning(reconstruct, calibration)
