@@ -6,6 +6,7 @@ import glob
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, get_args
 
 import numpy as np
@@ -159,7 +160,9 @@ def allocate_bits(
     if all(budget is None for budget in budgets.values()):
         budgets["average"] = average = 3.0
     for name, budget in budgets.items():
-        if budget is not None and (isinstance(budget, bool) or not 0 < budget < float("inf")):
+        if budget is None:
+            continue
+        if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 < budget < float("inf"):
             raise ValueError(f"{name} {budget!r}: give a positive number")
     few = _first(read_batches(calibration))
     plan = plan_network(

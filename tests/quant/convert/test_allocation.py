@@ -135,6 +135,7 @@ class Boxes(nn.Module):
         ({"average": 1.5}, "average 1.5: 2 bits in every layer take 2 already"),
         ({"bytes": 10}, "bytes 10: 2 bits in every layer take"),
         ({"average": -1}, "average -1: give a positive number"),
+        ({"average": "3"}, "average '3': give a positive number"),
         ({"choices": ()}, r"choices \(\): give bits from 2 to 8"),
         ({"choices": (1, 2)}, "choices: 1: choose an integer"),
         ({"choices": (4, 32)}, r"choices \(4, 32\): give bits from 2 to 8"),
