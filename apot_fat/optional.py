@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,5 +38,5 @@ def needed_for(purpose: str) -> Iterator[None]:
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         reason = "" if isinstance(error, ModuleNotFoundError) else f", which does not load ({one_line(error)})"
-        line = f"pip install {_INSTALLED_AS.get(package, package)}"
+        line = f"pip install {shlex.quote(_INSTALLED_AS.get(package, package))}"
         raise MissingPackageError(f"{purpose} needs {package}{reason}: {line}") from error

@@ -1,6 +1,6 @@
 """Where images come from: the embedded digits, CIFAR, a folder of images, an ``.npz`` file.
 
-A new data set: a function that returns a ``Dataset``, and its line in ``NAMED``.
+A new data set: a function that returns a ``Dataset``, and its entry in ``NAMED``.
 """
 
 from __future__ import annotations

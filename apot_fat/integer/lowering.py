@@ -73,8 +73,11 @@ def integer_program(
     """
     _check_bits("grid_bits", grid_bits, FEWEST_GRID_BITS, MOST_GRID_BITS)
     _check_bits("accumulator_bits", accumulator_bits, FEWEST_ACCUMULATOR_BITS, MOST_ACCUMULATOR_BITS)
+    if not isinstance(model, nn.Module) or not isinstance(calibration, Tensor):
+        kinds = f"{type(model).__name__}, {type(calibration).__name__}"
+        raise ValueError(f"integer_program({kinds}): expected a network, and images as one tensor (N, C, H, W)")
     network = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-    images = calibration.detach().cpu().float()
+    images = calibration.detach().to("cpu", torch.float32, copy=True)  # a first operation may work in place
     if images.dim() != 4 or not images.numel():
         raise ValueError(f"calibration {tuple(images.shape)}: expected at least one image, (N, C, H, W)")
     pixels = to_pixels(images, mean, std)

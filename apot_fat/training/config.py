@@ -149,7 +149,7 @@ class TrainConfig:
     amp: str = _option("off", "training's mixed precision; auto: bf16 on GPUs that multiply it fast", choices=AMP_TYPES)
     compile: str = _option(
         "auto",
-        "what is compiled; auto: the network if a run has 3,500 batches, else on a CPU quantizers of large tensors",
+        "what is compiled; auto: the network if a run has 3,500 batches, else quantizers (on a CPU: of large tensors)",
         choices=COMPILE_MODES,
     )
     numerics: str = _option(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -80,6 +81,10 @@ def test_calibration_that_is_not_made_of_pixels_is_refused() -> None:
         integer_program(model, images[0], **NORMALIZATION)
     with pytest.raises(ValueError, match=r"mean 0.5 and std 0.5: give a number, std above 0, for each"):
         integer_program(model, images, mean=0.5, std=0.5)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"integer_program\(CifarResNet, list\): expected a network, and images as one"
+    ):
+        integer_program(model, [images], **NORMALIZATION)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"calibration \(2, 3, 8, 0\): expected at least one image"):
         integer_program(model, images[..., :0], **NORMALIZATION)
 
@@ -101,3 +106,11 @@ def test_images_that_the_network_refuses_are_one_line() -> None:
     assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match=r"refuses it \(.* 3 channels, but got 1 channels instead\)"):
         integer_program(model, images[:, :1], mean=MEAN[:1], std=STD[:1])
+
+
+def test_the_images_stay_as_they_are() -> None:
+    images = normalized(random_pixels(4, 8))
+    before = images.clone()
+    with contextlib.suppress(ValueError):  # whatever comes of it
+        integer_program(nn.Sequential(nn.ReLU(inplace=True), last()), images, **NORMALIZATION)
+    assert images.equal(before)

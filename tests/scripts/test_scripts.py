@@ -141,7 +141,7 @@ def test_a_run_folder_stands_for_its_best_checkpoint(run: Run, data: tuple[objec
         ("show_params.py", ()),
         ("show_params.py", ("--table",)),
         ("evaluate.py", ("--init",)),
-        ("export.py", ("--to", "onnx", "--output", "net.onnx")),
+        ("export.py", ("--to", "packed", "--output", "net.safetensors")),
     ):
         code, out, err = run(script, *options, folder)
         assert (code, err) == (0, "")
