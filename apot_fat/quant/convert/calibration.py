@@ -19,7 +19,7 @@ from apot_fat.quant.fitting import FIT_SAMPLES
 from apot_fat.quant.sampling import sample
 from apot_fat.quant.watching import evaluation_mode, watch_inputs, watch_outputs
 
-NORM_INPUTS = 256
+NORM_INPUTS = 64
 """Calibration inputs that batch norms are moved by, or the first batch where that holds more."""
 _OUTPUT_SAMPLES = 1 << 14
 
