@@ -140,7 +140,7 @@ def check_images(where: str | Path, model: nn.Module, images: Tensor, dataset: D
     """
     channels = images.shape[1]
     try:
-        with evaluation_mode(model), torch.no_grad(), seam.speed.uncompiled():
+        with evaluation_mode(model), seam.speed.uncompiled():
             logits = model(images)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         own = next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), channels)
