@@ -302,7 +302,7 @@ def test_mistakes_are_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match="PyTorch cannot export it"):
         export_onnx(Branches(4, 2), path, (4,))
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ValueError, match=r"needs onnxscript: pip install apot-fat\[export\]"):
+    with pytest.raises(ValueError, match=r"needs onnxscript: pip install 'apot-fat\[export\]'"):
         export_onnx(model, path, (4,))
 
 
