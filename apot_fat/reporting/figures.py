@@ -11,7 +11,7 @@ import torch
 from apot_fat.checkpoint import atomic_write, read_checkpoint
 from apot_fat.optional import needed_for
 from apot_fat.quant.all_layers import threshold_layers
-from apot_fat.training.folder import BEST, LAST, RunSummary
+from apot_fat.training.folder import LAST, RunSummary, best_or_last
 from apot_fat.training.network import open_network
 
 METHOD_COLORS = {"fp32": "#4d4d4d", "apot": "#0072b2", "fat": "#d55e00", "uniform": "#009e73"}
@@ -117,8 +117,7 @@ def _draw_weights(axes: Any, runs: Sequence[RunSummary]) -> None:
         axes.set_axis_off()
         return
     run = max(apot, key=lambda run: run.bits)
-    best = run.folder / BEST
-    model = open_network(best if best.is_file() else run.folder / LAST).model
+    model = open_network(best_or_last(run.folder)).model
     name, layer = list(threshold_layers(model))[len(list(threshold_layers(model))) // 2]
     assert layer.weight_alpha is not None
     with torch.no_grad():

@@ -15,16 +15,15 @@ from tqdm.auto import tqdm
 from apot_fat.checkpoint import PACKED_SUFFIX, best_accuracy
 from apot_fat.data import Dataset
 from apot_fat.models import find_architecture
-from apot_fat.training.build import check_classes, load_config_dataset, make_batches, sample_images
+from apot_fat.training.build import check_classes, images_key, load_config_dataset, make_batches, sample_images
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
-from apot_fat.training.folder import BEST, LAST, best_index, read_run, recorded_shape
+from apot_fat.training.folder import LAST, best_index, best_or_last, read_run, recorded_shape
 from apot_fat.training.loop import Result, evaluate
 from apot_fat.training.network import check_images, log_normalization, open_network
 from apot_fat.training.recorded import recorded_history
 
 IMAGE_SIZES = {"cifar10": 32, "imagenet": 224}  # pixels, of the data sets of the papers
-_IMAGES_FIELDS = ("data", "test_data", "data_root", "image_size", "streams", "on_damaged")  # what names test images
 _CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
 log = logging.getLogger("apot_fat")
@@ -120,7 +119,7 @@ def read_once() -> Callable[[TrainConfig], Dataset]:
     found: dict[tuple[object, ...], Dataset] = {}
 
     def read(config: TrainConfig) -> Dataset:
-        key = tuple(getattr(config, name) for name in _IMAGES_FIELDS)
+        key = images_key(config)
         if key not in found:
             found[key] = load_config_dataset(config, need_train=False)
         return found[key]
@@ -208,7 +207,7 @@ def usual_shape(
 
 def _run(folder: Path, group: int) -> Subject:
     config, content = read_run(folder)
-    opened = open_network(folder / BEST if (folder / BEST).is_file() else folder / LAST)
+    opened = open_network(best_or_last(folder))
     shape = recorded_shape(content, f"checkpoint {folder / LAST}")
     made = content.get("environment", {})
     history, classes = tuple(content["history"]), opened.num_classes

@@ -31,7 +31,7 @@ from apot_fat.training.distributed import in_turns, launched
 from apot_fat.training.objective import Objective
 from apot_fat.training.teacher import load_teacher
 
-_IMAGES_FIELDS = ("data", "test_data", "data_root", "image_size", "val_split", "loader", "on_damaged", "streams")
+_IMAGES_FIELDS = ("data", "test_data", "data_root", "image_size", "streams", "on_damaged")
 MORE_VIEWS = 3
 """How often ``unlabelled_images`` come as in training, after once as in evaluation."""
 
@@ -55,13 +55,18 @@ def load_config_dataset(config: TrainConfig, *, need_train: bool = True) -> Data
     return in_turns(launched(), load) if config.data in NAMED else load()
 
 
+def images_key(config: TrainConfig) -> tuple[object, ...]:
+    """What the images of a config's data set depend on, before some are held out: equal for equal images."""
+    return tuple(getattr(config, name) for name in _IMAGES_FIELDS)
+
+
 def keep_last_dataset() -> Callable[[TrainConfig], Dataset]:
     """``load_config_dataset`` that keeps what it loaded last, since many runs in a row have the same images."""
     last: list[tuple[object, Dataset]] = []
 
     def load(config: TrainConfig) -> Dataset:
         # the seed chooses the held-out images
-        key = *(getattr(config, name) for name in _IMAGES_FIELDS), config.val_split and config.seed
+        key = *images_key(config), config.val_split, config.val_split and config.seed
         if not last or last[0][0] != key:
             last.clear()
             last.append((key, load_config_dataset(config)))

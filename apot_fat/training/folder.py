@@ -92,6 +92,11 @@ def summary_of(folder: Path, config: TrainConfig, history: list[dict[str, Any]])
     )
 
 
+def best_or_last(folder: Path) -> Path:
+    """The best checkpoint of a run folder, or where that is gone the last."""
+    return folder / BEST if (folder / BEST).is_file() else folder / LAST
+
+
 def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """Config and newest checkpoint of a run folder with at least one finished epoch.
 
