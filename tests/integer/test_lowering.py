@@ -175,9 +175,8 @@ FAMILIES = [
 def test_every_family_computes_its_network(architecture: str, name: str, bits: int, size: int) -> None:
     pixels = random_pixels(8, size)
     model = with_statistics(create_model(architecture, name, bits, num_classes=5), normalized(pixels))
-    assert (
-        np.median(relative_errors(model, pixels, grid_bits=26)) < 5e-3
-    )  # a last layer of thousands of inputs leaves them 14 bits
+    # a last layer of thousands of inputs leaves them 14 bits
+    assert np.median(relative_errors(model, pixels, grid_bits=26)) < 5e-3
 
 
 @pytest.mark.parametrize("accumulator_bits", [24, 31])
