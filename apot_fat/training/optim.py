@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.convert.reconstruction import parameter_sizes
@@ -45,38 +46,53 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, ob
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD or Adam over ``parameter_groups``, fused: a flag on the device can tell a step to do nothing.
+class RelativeAdamW(torch.optim.AdamW):
+    """AdamW whose steps are relative to the size of each parameter as it was when ``take_sizes`` was called.
 
-    Adam has a group a parameter, named as the published group it is of, for ``set_relative_steps``. Its β are
-    ``momentum`` and 0.999; weight decay is decoupled, lr · weight_decay a step.
+    Equation: θ ← θ + s (AdamW(θ) − θ), s = max(RMS(θ), 0.001) of then (``parameter_sizes``); 1 before. An Adam step of
+    lr moves each by that share of its root mean square: one rate does for weights of 0.05, scales of 1 and thresholds
+    of 3, as in reconstruction. All parameters of a group take one fused step: a group for each would take as long on a
+    GPU's host as the network.
 
     Paper: Kingma, Ba, "Adam", ICLR 2015; Loshchilov, Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
     """
+
+    def __init__(self, groups: list[dict[str, object]], betas: tuple[float, float]) -> None:
+        super().__init__(groups, betas=betas, fused=True)
+        self.before = [p.detach().clone() for p in self._parameters()]
+
+    def take_sizes(self) -> None:
+        """Make steps relative to the parameters as they are now; a checkpoint of the optimiser keeps the sizes."""
+        for group in self.param_groups:
+            group["sizes"] = parameter_sizes(group["params"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of all parameters; what the closure gives, if there is one."""
+        parameters = self._parameters()
+        torch._foreach_copy_(self.before, parameters)
+        loss = super().step(closure)
+        sizes = [size for group in self.param_groups for size in group.get("sizes", [1.0] * len(group["params"]))]
+        torch._foreach_lerp_(parameters, self.before, [1 - size for size in sizes])
+        return loss
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD or Adam over ``parameter_groups``, fused: a flag on the device can tell a step to do nothing.
+
+    Adam's β are ``momentum`` and 0.999; weight decay is decoupled, lr · weight_decay a step.
+    """
     groups = parameter_groups(model, config)
     if config.optimizer == "adam":
-        alone = [{**group, "params": [p]} for group in groups for p in group["params"]]  # type: ignore[attr-defined]
-        return torch.optim.AdamW(alone, betas=(config.momentum, 0.999), fused=True)
+        return RelativeAdamW(groups, betas=(config.momentum, 0.999))
     optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
     if config.momentum:  # PyTorch would take uninitialised memory, and keep it if the first step is left out
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
-
-
-def set_relative_steps(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
-    """Make the learning rates of Adam relative to the size of the parameters as they are now; SGD's stay.
-
-    Equation: lr ← lr · max(RMS(θ), 0.001) for a parameter θ (``parameter_sizes``): an Adam step of lr moves each by
-    that share of its root mean square. One rate then does for weights of 0.05, scales of 1 and thresholds of 3, as in
-    reconstruction.
-    """
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return
-    sizes = parameter_sizes([group["params"][0] for group in optimizer.param_groups])
-    for group, size in zip(optimizer.param_groups, sizes, strict=True):
-        group |= {"size": size, "lr": group["lr"] * size, "initial_lr": group["initial_lr"] * size}
-    schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
 
 
 def make_schedule(

@@ -43,7 +43,7 @@ from apot_fat.training.interruption import SignalWatch
 from apot_fat.training.loop import Position, Result, autocast, evaluate, train_epoch
 from apot_fat.training.network import check_images, create_network
 from apot_fat.training.objective import Objective
-from apot_fat.training.optim import make_optimizer, make_schedule, say_unreached_steps, set_relative_steps
+from apot_fat.training.optim import RelativeAdamW, make_optimizer, make_schedule, say_unreached_steps
 from apot_fat.training.resume import checked_sources, keep_best, resumed_content
 from apot_fat.training.start import load_initial_weights, reconstruct_start, set_initial_thresholds
 from apot_fat.training.state import TrainState
@@ -121,8 +121,8 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
                     reconstruct_start(state.model, config, dataset.train, classes, device)
             start_seconds = time.perf_counter() - begun
             epochs = _Epochs(config, processes, device, sets, state, objective)
-            if before is None:
-                set_relative_steps(state.optimizer, state.schedule)
+            if before is None and isinstance(state.optimizer, RelativeAdamW):
+                state.optimizer.take_sizes()
             for epoch in range(len(history), config.epochs):
                 saver = StepSaver(records, state, history, watch, config.checkpoint_every)
                 history.append(epochs.run(epoch, saver, position))
@@ -278,7 +278,7 @@ def _metrics(epoch: int, state: TrainState, trained: Result, tested: Result, hel
     for name, result in (("train", trained), ("test", tested), ("val", held_out)):
         if result is not None:
             row |= {f"{name}_loss": result.loss, f"{name}_top1": result.top1}
-    row["lr"] = {group["name"]: group["lr"] / group.get("size", 1.0) for group in state.optimizer.param_groups}
+    row["lr"] = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
     row["layers"] = {layer.name: asdict(layer) for layer in clipping_table(state.tested)}
     row["seconds"] = trained.seconds + tested.seconds + (held_out.seconds if held_out else 0.0)
     return row

@@ -6,7 +6,7 @@ import torch
 from apot_fat.models import create_model
 from apot_fat.training import TrainConfig
 from apot_fat.training.finite import FiniteGuard
-from apot_fat.training.optim import lr_factor, make_optimizer, make_schedule, set_relative_steps
+from apot_fat.training.optim import RelativeAdamW, lr_factor, make_optimizer, make_schedule
 
 
 def test_published_parameter_groups() -> None:
@@ -68,23 +68,53 @@ def test_adams_steps_are_relative_to_each_parameter() -> None:
     config = TrainConfig(arch="res20", optimizer="adam", lr=1e-3, act_alpha_lr=0.01, momentum=0.8, epochs=10)
     model = create_model("res20", bits=4)
     optimizer = make_optimizer(model, config)
-    schedule = make_schedule(optimizer, config, 1)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    set_relative_steps(optimizer, schedule)
+    assert isinstance(optimizer, RelativeAdamW)
+    before = {p: p.detach().clone() for p in model.parameters()}
+    optimizer.take_sizes()
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    rates = {id(p): (group["name"], group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-    wanted = {"weights": 1e-3, "act_alpha": 0.01, "weight_alpha": 0.02}
-    assert len(rates) == len(before)
-    for parameter, start in zip(model.parameters(), before, strict=True):
-        name, rate = rates[id(parameter)]
-        size = max(start.square().mean().sqrt().item(), 1e-3)
-        assert rate == pytest.approx(wanted[name] * size)
-        assert (parameter - start).abs().max().item() == pytest.approx(rate, rel=0.02)  # Adam's first step is its rate
-    schedule.step()  # the schedule goes on from there
-    after = [group["lr"] for group in optimizer.param_groups]
-    assert after == pytest.approx([lr * lr_factor(config, 1, 1) for _, lr in rates.values()])
+    rates = {"weights": 1e-3, "act_alpha": 0.01, "weight_alpha": 0.02}
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == rates
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            start = before.pop(parameter)
+            rate = rates[group["name"]] * max(start.square().mean().sqrt().item(), 1e-3)
+            moved = (parameter - start).abs().max().item()
+            assert moved == pytest.approx(rate, rel=0.02)  # Adam's first step is its rate
+    assert not before
+
+
+def test_relative_adam_is_adam_with_a_rate_for_each_parameter_also_when_resumed() -> None:
+    config = TrainConfig(arch="res20", optimizer="adam", lr=2e-3, act_alpha_lr=0.01, weight_decay=0.01)
+    model, other, later = (create_model("res20", bits=4).double() for _ in range(3))
+    other.load_state_dict(model.state_dict())
+    ours, resumed = make_optimizer(model, config), make_optimizer(later, config)
+    assert isinstance(ours, RelativeAdamW)
+    ours.take_sizes()
+    names = {id(p): name for name, p in model.named_parameters()}
+    theirs = torch.optim.AdamW(
+        [
+            {"params": [other.get_parameter(names[id(p)])], "lr": g["lr"] * size, "weight_decay": g["weight_decay"]}
+            for g in ours.param_groups
+            for p, size in zip(g["params"], g["sizes"], strict=True)
+        ],
+        betas=(0.9, 0.999),
+    )
+    optimizer: torch.optim.Optimizer = ours
+    trained = model
+    for step in range(6):
+        if step == 3:
+            resumed.load_state_dict(ours.state_dict())
+            later.load_state_dict(model.state_dict())
+            optimizer, trained = resumed, later
+        for mine, its in zip(trained.parameters(), other.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            its.grad = mine.grad.clone()
+        optimizer.step()
+        theirs.step()
+    for mine, its in zip(later.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
