@@ -25,6 +25,9 @@ AUTO_BATCHES = 3500
 That of ResNet-20 took 45 s on an H100's host, where a compiled step took 4 ms, and 85 s on two cores, where it saves 40
 ms a step of 128 CIFAR images, 16 ms of 128 digits."""
 _GRAPHS = 64  # of one network: training and evaluation, each size of a batch
+_NETWORKS = 8  # whose graphs are kept: the seeds of a sweep share them
+_Graph = tuple[bool, torch.Size, torch.dtype | None]  # training or evaluation, the batch, mixed precision
+_announced: dict[str, set[_Graph]] = {}  # by network: what is compiled already
 
 log = logging.getLogger("apot_fat")
 
@@ -36,9 +39,17 @@ def choose_kernels(mode: str) -> None:
 
 
 def compile_network(
-    model: nn.Module, mode: str, device: torch.device, *, cuda_graphs: bool = True, batches: int | None = None
+    model: nn.Module,
+    mode: str,
+    device: torch.device,
+    *,
+    cuda_graphs: bool = True,
+    batches: int | None = None,
+    test_batches: int | None = None,
 ) -> nn.Module:
     """The network to call in training and evaluation; ``model`` keeps the state.
+
+    Graphs are kept for networks of the same layers, so that the seeds of a sweep are compiled once.
 
     Args:
         model: on its device.
@@ -50,6 +61,8 @@ def compile_network(
             until it is called again.
         batches: how many the network is to see in training, if that is known; ``auto`` leaves a network of fewer than
             ``AUTO_BATCHES`` uncompiled, and on a CPU one of which it is not known.
+        test_batches: how many it is to see in evaluation, if that is known: fewer than ``AUTO_BATCHES`` are computed
+            without a graph, with compiled quantizers.
 
     Raises:
         ValueError: ``quantizers`` or ``model`` without a working compiler.
@@ -63,21 +76,46 @@ def compile_network(
         return model
     # FAT's Fourier transforms are library calls in any case
     warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex operators")
-    torch.compiler.reset()  # graphs of the networks before count towards the compiler's limit
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
-    return _CompiledNetwork(model, device, cuda_graphs and device.type == "cuda", may_fall_back=mode == "auto")
+    tests = test_batches is None or test_batches >= AUTO_BATCHES
+    cuda_graphs = cuda_graphs and device.type == "cuda"
+    return _CompiledNetwork(
+        model, device, _kept_graphs(model, device), cuda_graphs, tests=tests, may_fall_back=mode == "auto"
+    )
+
+
+def _kept_graphs(model: nn.Module, device: torch.device) -> set[_Graph]:
+    """Which graphs of a network there are already, to add to; old networks make room for a new one."""
+    name = f"{device} {model}"
+    if name not in _announced and len(_announced) >= _NETWORKS:
+        torch.compiler.reset()
+        _announced.clear()
+    limit = _GRAPHS * _NETWORKS  # the compiler's own counts the graphs of all networks of a class
+    for what in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(torch._dynamo.config, what, max(getattr(torch._dynamo.config, what), limit))
+    return _announced.setdefault(name, set())
 
 
 class _CompiledNetwork(nn.Module):
-    def __init__(self, model: nn.Module, device: torch.device, cuda_graphs: bool, *, may_fall_back: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        announced: set[_Graph],
+        cuda_graphs: bool,
+        *,
+        tests: bool,
+        may_fall_back: bool,
+    ) -> None:
         super().__init__()
         self.model, self.cuda_graphs, self.may_fall_back = model, cuda_graphs, may_fall_back
+        self.announced, self.tests = announced, tests
         options = {**seam.speed.inductor_options(device.type), **({"triton.cudagraphs": True} if cuda_graphs else {})}
         # a size of its own for the short last batch, or all batches after it would run a slower graph for any size
         self.graph = torch.compile(model, fullgraph=True, dynamic=False, options=options)
-        self.announced: set[tuple[bool, torch.Size]] = set()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not (self.training or self.tests):
+            return cast(Tensor, self.model(x))
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         try:
@@ -93,7 +131,9 @@ class _CompiledNetwork(nn.Module):
     @contextmanager
     def _announced(self, x: Tensor) -> Iterator[None]:
         # a minute without a sign of life is long; PyTorch keeps what it compiled on disk
-        graph = self.model.training, x.shape
+        kind = x.device.type
+        mixed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        graph = self.model.training, x.shape, mixed
         if graph in self.announced or self.graph is self.model:
             yield
             return

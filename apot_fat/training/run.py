@@ -222,6 +222,7 @@ class _Epochs:
             device=device,
             cuda_graphs=config.accumulate == 1,
             batches=0 if config.sync_bn and processes.is_distributed else config.epochs * sets.train.num_batches,
+            test_batches=config.epochs * sum(tests.num_batches for tests in (sets.test, sets.val) if tests),
         )
         network = compiled(state.model)
         self.tested = compiled(state.tested) if state.average else network

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import io
 import threading
 import time
@@ -41,9 +42,10 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     monkeypatch.setattr(torch, "compile", compile_as)
     monkeypatch.setattr(seam.speed, "compiler_works", lambda device_type: True)
-    limit = torch._dynamo.config.recompile_limit
-    yield seen
-    torch._dynamo.config.recompile_limit = limit
+    monkeypatch.setattr(training_compile, "_announced", {})
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        yield seen
 
 
 def test_each_size_of_batch_has_a_graph_of_its_own_which_is_announced(
@@ -64,15 +66,53 @@ def test_each_size_of_batch_has_a_graph_of_its_own_which_is_announced(
 
 
 @pytest.mark.usefixtures("compilations")
-def test_stages_of_a_chain_do_not_use_up_the_compilers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_of_chains_do_not_use_up_the_compilers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_compile, "_GRAPHS", 4)  # those of a stage
-    torch._dynamo.config.recompile_limit = 4
-    for bits in (4, 3):
+    monkeypatch.setattr(training_compile, "_NETWORKS", 2)
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1
+    for bits in (5, 4, 3, 4, 3):
         model = compile_network(network(bits), "model", CPU)
         for size in (8, 3):
             for training in (True, False):
                 model.train(training)
                 model(torch.randn(size, 3, 4, 4))
+
+
+def test_networks_of_the_same_layers_share_their_graphs(
+    compilations: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    x = torch.randn(8, 3, 4, 4)
+    grown = []
+    with caplog.at_level("INFO", logger="apot_fat"):
+        for seed, bits in enumerate((3, 4, 3, 4, 3)):  # seeds of a chain
+            torch.manual_seed(seed)
+            plain = network(bits)
+            model = compile_network(copy.deepcopy(plain), "model", CPU)
+            for _ in range(2):
+                for net in (model, plain):
+                    net.train()
+                    net(x).square().sum().backward()
+                    net.eval()
+                with torch.no_grad():
+                    torch.testing.assert_close(model(x), plain(x))
+            for compiled, eager in zip(model.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(compiled.grad, eager.grad)
+            grown.append(len([shapes for shapes in compilations if (8, 3, 4, 4) in shapes]))
+    assert grown == [2, 4, 4, 4, 4]
+    assert len([message for message in caplog.messages if message.startswith("compiling")]) == 4
+
+
+def test_few_tests_have_no_graph(compilations: list[Any]) -> None:
+    x = torch.randn(8, 3, 4, 4)
+    for tests, graphs in ((training_compile.AUTO_BATCHES - 1, 1), (training_compile.AUTO_BATCHES, 2), (None, 2)):
+        torch.compiler.reset()
+        compilations.clear()
+        model = compile_network(network(), "model", CPU, test_batches=tests)
+        model(x)
+        model.eval()
+        with torch.no_grad():
+            assert torch.equal(model(x), model(x))
+        assert len([shapes for shapes in compilations if (8, 3, 4, 4) in shapes]) == graphs
 
 
 def test_auto_is_the_whole_network_on_cuda_replayed_where_gradients_are_not_added_up(compilations: list[Any]) -> None:
