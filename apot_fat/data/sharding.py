@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -44,6 +45,11 @@ class Batches(Protocol):
     @property
     def num_batches(self) -> int:
         """Batches an epoch that this process sees, accumulation steps counted one by one."""
+        ...
+
+    @property
+    def sizes(self) -> Counter[int]:
+        """How many of them an epoch have how many images."""
         ...
 
     @property
@@ -135,9 +141,9 @@ class EpochPlan:
         return -(-self.count // self.batch_size)
 
     @property
-    def num_batches(self) -> int:
-        """Batches that this process sees."""
-        return sum(1 for _ in self.slices())
+    def sizes(self) -> Counter[int]:
+        """How many batches that this process sees have how many images."""
+        return Counter(part.stop - part.start for part, _, _ in self.slices())
 
     def order(self, generator: torch.Generator) -> Tensor:
         """The indices of an epoch's images, in its order."""
@@ -162,7 +168,12 @@ class PlannedBatches(ABC):
     @property
     def num_batches(self) -> int:
         """Batches an epoch that this process sees."""
-        return self.plan.num_batches
+        return self.sizes.total()
+
+    @property
+    def sizes(self) -> Counter[int]:
+        """How many of them have how many images."""
+        return self.plan.sizes
 
     @property
     def num_images(self) -> int:

@@ -151,7 +151,7 @@ class _EpochSampler(Sampler[list[tuple[int, int]]]):
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
-        return self.plan.num_batches
+        return self.plan.sizes.total()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = self.epoch, self.plan.order(epoch_generator(self.seed, self.epoch))

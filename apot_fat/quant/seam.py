@@ -74,7 +74,7 @@ class Plain:
 
     @staticmethod
     def uncompiled() -> AbstractContextManager[None]:
-        """Within it nothing is compiled by choice of ``auto``: for work that is done before the compiler is."""
+        """Within it nothing is compiled: for work that is done before the compiler is."""
         return nullcontext()
 
     @staticmethod

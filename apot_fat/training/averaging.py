@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -50,19 +49,15 @@ class WeightAverage:
         torch._foreach_mul_(averages, keep)
         torch._foreach_add_(averages, list(torch._foreach_mul(parameters, 1 - keep)))
 
-    def estimate_batch_norm(self, batches: Batches, count: int) -> float:
+    def estimate_batch_norm(self, batches: Batches, count: int) -> None:
         """Replace the averaged network's batch statistics by their mean over training batches; other buffers follow.
 
         Args:
             batches: of the epoch chosen on them; each process takes its first ``count``, and all end with the mean.
             count: batches, ≥ 1.
 
-        Returns:
-            Seconds it took.
-
         The random numbers of the run (dropout's) are left as they were.
         """
-        start = time.perf_counter()
         for own, trained in zip(self.model.buffers(), self.trained.buffers(), strict=True):
             own.copy_(trained)
         devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
@@ -76,7 +71,6 @@ class WeightAverage:
             assert norm.running_var is not None
             for statistics in (norm.running_mean, norm.running_var):
                 statistics.copy_(_mean_over_processes(statistics))
-        return time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average's weights, under the network's own names."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
@@ -24,6 +24,9 @@ AUTO_BATCHES = 3500
 """``auto`` compiles a whole network that is to see at least this many batches: fewer do not earn back the compilation.
 That of ResNet-20 took 45 s on an H100's host, where a compiled step took 4 ms, and 85 s on two cores, where it saves 40
 ms a step of 128 CIFAR images, 16 ms of 128 digits."""
+BatchKind = tuple[bool, int]
+"""Whether it is a training batch, and its images."""
+
 _GRAPHS = 64  # of one network: training and evaluation, each size of a batch
 _NETWORKS = 8  # whose graphs are kept: the seeds of a sweep share them
 _Graph = tuple[bool, torch.Size, torch.dtype | None]  # training or evaluation, the batch, mixed precision
@@ -44,8 +47,7 @@ def compile_network(
     device: torch.device,
     *,
     cuda_graphs: bool = True,
-    batches: int | None = None,
-    test_batches: int | None = None,
+    batches: Mapping[BatchKind, int] | None = None,
 ) -> nn.Module:
     """The network to call in training and evaluation; ``model`` keeps the state.
 
@@ -53,16 +55,15 @@ def compile_network(
 
     Args:
         model: on its device.
-        mode: ``off``; ``quantizers``; ``model`` for one graph a size of batch; ``auto``: ``model`` where it compiles
-            and is worth it, else the choice of ``set_kernels``, which by default compiles quantizers where that is
-            faster.
+        mode: ``off``; ``quantizers``; ``model``; ``auto``: ``model`` where it compiles and is worth it, else the choice
+            of ``set_kernels``, which by default compiles quantizers where that is faster.
         device: the model's.
         cuda_graphs: whether a compiled network is replayed as a CUDA graph. Its results, gradients too, are then good
             until it is called again.
-        batches: how many the network is to see in training, if that is known; ``auto`` leaves a network of fewer than
-            ``AUTO_BATCHES`` uncompiled, and on a CPU one of which it is not known.
-        test_batches: how many it is to see in evaluation, if that is known: fewer than ``AUTO_BATCHES`` are computed
-            without a graph, with compiled quantizers.
+        batches: how many of each kind the network is to see, if that is known. A graph is compiled for a kind of which
+            there are ``AUTO_BATCHES``, and with ``model`` for the most frequent of training; others, such as the short
+            last batch of an epoch, take compiled quantizers. If it is not known, each kind has a graph, but with
+            ``auto`` on a CPU none.
 
     Raises:
         ValueError: ``quantizers`` or ``model`` without a working compiler.
@@ -70,17 +71,21 @@ def compile_network(
     choose_kernels(mode)
     if mode in ("quantizers", "model") and not seam.speed.compiler_works(device.type):
         raise ValueError(f"compile {mode!r}: no working compiler for {device.type}: install one, or choose off")
-    worth_it = device.type == "cuda" if batches is None else batches >= AUTO_BATCHES
+    kinds = None if batches is None else _compiled_kinds(batches, at_least_one=mode == "model")
+    worth_it = device.type == "cuda" if kinds is None else any(training for training, _ in kinds)
     whole = mode == "model" or (mode == "auto" and worth_it and seam.speed.compiler_works(device.type))
     if not whole:
         return model
     # FAT's Fourier transforms are library calls in any case
     warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex operators")
-    tests = test_batches is None or test_batches >= AUTO_BATCHES
     cuda_graphs = cuda_graphs and device.type == "cuda"
-    return _CompiledNetwork(
-        model, device, _kept_graphs(model, device), cuda_graphs, tests=tests, may_fall_back=mode == "auto"
-    )
+    return _CompiledNetwork(model, device, kinds, cuda_graphs, may_fall_back=mode == "auto")
+
+
+def _compiled_kinds(batches: Mapping[BatchKind, int], *, at_least_one: bool) -> set[BatchKind]:
+    often = {kind for kind, count in batches.items() if count >= AUTO_BATCHES}
+    trained = [kind for kind in batches if kind[0]]
+    return often | {max(trained, key=batches.__getitem__)} if at_least_one and trained else often
 
 
 def _kept_graphs(model: nn.Module, device: torch.device) -> set[_Graph]:
@@ -100,21 +105,20 @@ class _CompiledNetwork(nn.Module):
         self,
         model: nn.Module,
         device: torch.device,
-        announced: set[_Graph],
+        kinds: set[BatchKind] | None,
         cuda_graphs: bool,
         *,
-        tests: bool,
         may_fall_back: bool,
     ) -> None:
         super().__init__()
-        self.model, self.cuda_graphs, self.may_fall_back = model, cuda_graphs, may_fall_back
-        self.announced, self.tests = announced, tests
+        self.model, self.kinds, self.cuda_graphs, self.may_fall_back = model, kinds, cuda_graphs, may_fall_back
+        self.announced = _kept_graphs(model, device)
         options = {**seam.speed.inductor_options(device.type), **({"triton.cudagraphs": True} if cuda_graphs else {})}
-        # a size of its own for the short last batch, or all batches after it would run a slower graph for any size
+        # each size has its own, or all batches after a short one would run a slower graph for any size
         self.graph = torch.compile(model, fullgraph=True, dynamic=False, options=options)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training or self.tests):
+        if self.kinds is not None and (self.model.training, len(x)) not in self.kinds:
             return cast(Tensor, self.model(x))
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()

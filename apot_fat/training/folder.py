@@ -43,7 +43,7 @@ class RunSummary:
         last_val: top-1 on the held-out images at the last epoch, %; None without ``val_split``.
         best_on: what chose the best epoch: ``test``, as published, or ``val``.
         thresholds: every clipping threshold, or empty at 32 bits.
-        seconds: start (such as reconstruction), training and evaluation, wall time.
+        seconds: wall time from when the images are there to the end of the last epoch, compiling and saving included.
     """
 
     folder: Path

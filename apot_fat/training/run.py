@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from apot_fat.training.build import (
     sample_images,
     seed_everything,
 )
-from apot_fat.training.compile import choose_kernels, compile_network
+from apot_fat.training.compile import BatchKind, choose_kernels, compile_network
 from apot_fat.training.config import TrainConfig
 from apot_fat.training.device import choose_device, set_numerics
 from apot_fat.training.distributed import (
@@ -93,6 +94,7 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
             "sources": checked_sources(before, config, dataset),
         }
         seed_everything(config.seed)
+        since = time.perf_counter()
         sets = _make_sets(config, dataset, device, sharding)
         classes, is_new = len(dataset.classes), before is None
         state = _make_state(config, classes, shape, sets.train.steps, device, processes, is_new=is_new)
@@ -101,6 +103,8 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
             torch.manual_seed(mix_seed(config.seed, processes.rank))
         objective = make_objective(config, classes, device)
         history, position = ([], None) if before is None else state.restore(before, processes)
+        if position is not None:
+            since -= position.meter["seconds"]
         again = state.tested if position is None else None
         with (
             Records(folder, config, processes, history, about, sets.sample, again) as records,
@@ -113,21 +117,20 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
                 log.info("%d processes, %d images a step", processes.world, config.batch_size)
             if processes.is_first:
                 keep_best(folder, resume, history)
-            begun = time.perf_counter()
             if before is None:
                 set_initial_thresholds(state.model, config, sets.train, device)
                 assert dataset.train is not None
                 if processes.is_first:  # the others take its parameters
                     reconstruct_start(state.model, config, dataset.train, classes, device)
-            start_seconds = time.perf_counter() - begun
             epochs = _Epochs(config, processes, device, sets, state, objective)
             if before is None and isinstance(state.optimizer, RelativeAdamW):
                 state.optimizer.take_sizes()
             for epoch in range(len(history), config.epochs):
                 saver = StepSaver(records, state, history, watch, config.checkpoint_every)
-                history.append(epochs.run(epoch, saver, position))
-                history[-1]["seconds"] += start_seconds  # of the first epoch
-                position, start_seconds = None, 0.0
+                row = epochs.run(epoch, saver, position)
+                now = time.perf_counter()
+                history.append({**row, "seconds": now - since})
+                since, position = now, None
                 records.save(state, history)
                 saver.stop_if_asked()
     return summary_of(folder, config, history)
@@ -138,6 +141,14 @@ class _Sets(NamedTuple):
     test: Batches
     val: Batches | None
     sample: Tensor
+
+    def batches(self, epochs: int) -> Counter[BatchKind]:
+        """How many of each kind this process sees in so many epochs."""
+        kinds: Counter[BatchKind] = Counter()
+        for training, batches in ((True, self.train), (False, self.test), (False, self.val)):
+            if batches is not None:
+                kinds.update({(training, size): epochs * count for size, count in batches.sizes.items()})
+        return kinds
 
 
 def _make_sets(config: TrainConfig, dataset: Dataset, device: torch.device, sharding: Sharding) -> _Sets:
@@ -221,8 +232,7 @@ class _Epochs:
             mode=config.compile,
             device=device,
             cuda_graphs=config.accumulate == 1,
-            batches=0 if config.sync_bn and processes.is_distributed else config.epochs * sets.train.num_batches,
-            test_batches=config.epochs * sum(tests.num_batches for tests in (sets.test, sets.val) if tests),
+            batches={} if config.sync_bn and processes.is_distributed else sets.batches(config.epochs),
         )
         network = compiled(state.model)
         self.tested = compiled(state.tested) if state.average else network
@@ -252,19 +262,16 @@ class _Epochs:
         )
         share_buffers(state.model)
         keep_thresholds_positive(state.model)
-        averaging_seconds = 0.0
         if state.average is not None:
             with autocast(self.device, config.amp):
-                averaging_seconds = state.average.estimate_batch_norm(self.sets.train, config.bn_batches)
+                state.average.estimate_batch_norm(self.sets.train, config.bn_batches)
         tests = partial(evaluate, self.tested, after_batch=saver.after_test_batch)  # in float32, as what is shipped
         tested = tests(self.sets.test, log=say, print_freq=config.print_freq)
         held_out = None if self.sets.val is None else tests(self.sets.val)
         log.info(" * Prec %.3f%%", tested.top1)
         if self.processes.is_first:  # it alone logs
             self.warn(epoch, odd_layers(state.tested, self.sets.sample))
-        row = _metrics(epoch, state, trained, tested, held_out)
-        row["seconds"] += averaging_seconds
-        return row
+        return _metrics(epoch, state, trained, tested, held_out)
 
     def warn(self, epoch: int, sentences: list[str]) -> None:
         """Say each sentence once a run."""
@@ -281,5 +288,4 @@ def _metrics(epoch: int, state: TrainState, trained: Result, tested: Result, hel
             row |= {f"{name}_loss": result.loss, f"{name}_top1": result.top1}
     row["lr"] = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
     row["layers"] = {layer.name: asdict(layer) for layer in clipping_table(state.tested)}
-    row["seconds"] = trained.seconds + tested.seconds + (held_out.seconds if held_out else 0.0)
     return row

@@ -17,6 +17,7 @@ from apot_fat.checkpoint import (
     torchvision_weights,
 )
 from apot_fat.data import Batches, FileSet, ImageSet
+from apot_fat.quant import seam
 from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.convert import Reconstruction, balance_filters, reconstruct
 from apot_fat.quant.spec import FLOAT_BITS
@@ -55,7 +56,7 @@ def set_initial_thresholds(model: nn.Module, config: TrainConfig, batches: Batch
     if config.threshold_init == "constant" or not any(True for _ in threshold_layers(model)):
         return
     batches.set_epoch(0)
-    with autocast(device, config.amp):
+    with autocast(device, config.amp), seam.speed.uncompiled():
         initialize_thresholds(model, next(iter(batches)).x, config.threshold_init)
 
 

@@ -102,17 +102,21 @@ def test_networks_of_the_same_layers_share_their_graphs(
     assert len([message for message in caplog.messages if message.startswith("compiling")]) == 4
 
 
-def test_few_tests_have_no_graph(compilations: list[Any]) -> None:
+def test_few_batches_of_a_kind_have_no_graph(compilations: list[Any]) -> None:
     x = torch.randn(8, 3, 4, 4)
-    for tests, graphs in ((training_compile.AUTO_BATCHES - 1, 1), (training_compile.AUTO_BATCHES, 2), (None, 2)):
+    enough = training_compile.AUTO_BATCHES
+    for tests, mode in ((enough - 1, "model"), (enough, "model"), (enough - 1, "auto"), (None, "model")):
         torch.compiler.reset()
         compilations.clear()
-        model = compile_network(network(), "model", CPU, test_batches=tests)
-        model(x)
+        batches = None if tests is None else {(True, 8): enough, (True, 3): 300, (False, 8): tests}
+        model = compile_network(network(), mode, CPU, batches=batches)
+        for part in (x, x[:3]):
+            model(part).sum().backward()
         model.eval()
         with torch.no_grad():
             assert torch.equal(model(x), model(x))
-        assert len([shapes for shapes in compilations if (8, 3, 4, 4) in shapes]) == graphs
+        sizes = [shape[0] for shapes in compilations[1:] for shape in shapes if shape[1:] == (3, 4, 4)]
+        assert sizes == {enough - 1: [8], enough: [8, 8], None: [8, 3, 8]}[tests]
 
 
 def test_auto_is_the_whole_network_on_cuda_replayed_where_gradients_are_not_added_up(compilations: list[Any]) -> None:
@@ -124,9 +128,10 @@ def test_auto_is_the_whole_network_on_cuda_replayed_where_gradients_are_not_adde
         assert compilations.pop() == expected
     enough = training_compile.AUTO_BATCHES
     for device in (CPU, GPU):
-        assert isinstance(compile_network(network(), "auto", device, batches=enough - 1), nn.Sequential)
-        assert not isinstance(compile_network(network(), "auto", device, batches=enough), nn.Sequential)
-    assert not isinstance(compile_network(network(), "model", GPU, batches=1), nn.Sequential)
+        for few in ({}, {(True, 8): enough - 1, (True, 3): enough - 1, (False, 8): enough}):
+            assert isinstance(compile_network(network(), "auto", device, batches=few), nn.Sequential)
+        assert not isinstance(compile_network(network(), "auto", device, batches={(True, 8): enough}), nn.Sequential)
+    assert not isinstance(compile_network(network(), "model", GPU, batches={(True, 8): 1}), nn.Sequential)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(seam.speed, "compiler_works", lambda device_type: False)
         assert isinstance(compile_network(network(), "auto", GPU), nn.Sequential)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,7 +17,7 @@ from apot_fat.training.loop import Position, train_epoch
 class Batches:
     """Ten batches of two images."""
 
-    num_images, num_batches, steps = 20, 10, 10
+    num_images, num_batches, steps, sizes = 20, 10, 10, Counter({2: 10})
 
     def set_epoch(self, epoch: int) -> None:
         pass

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,19 @@ def test_an_epoch_is_saved_before_it_is_drawn_and_no_drawing_ends_a_run(
     assert train(tiny(tiny_npz, tmp_path)).epochs == 3
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == ["the run goes on without its TensorBoard curves: Expected all tensors to be on the same device"]
+
+
+def test_a_runs_seconds_are_the_walls_saving_included(
+    tiny_npz: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow_write(*args: Any, **options: Any) -> None:
+        time.sleep(0.2)
+        write_checkpoint(*args, **options)
+
+    monkeypatch.setattr("apot_fat.training.folder.write_checkpoint", slow_write)
+    begun = time.perf_counter()
+    summary = train(tiny(tiny_npz, tmp_path, epochs=3))
+    assert 2 * 0.2 < summary.seconds < time.perf_counter() - begun - 0.2  # all but the last
 
 
 def test_a_run_ended_between_saving_and_drawing_draws_when_it_goes_on(

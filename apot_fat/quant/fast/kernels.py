@@ -38,7 +38,7 @@ _ROUNDED_DIVISION = "eager_numerics.division_rounding"
 
 _kernels: dict[tuple[Any, ...], Callable[..., Any]] = {}  # compiled so far, by the arguments of _compiled
 
-_auto_compiles = True
+_may_compile = True
 
 log = logging.getLogger("apot_fat")
 
@@ -46,12 +46,12 @@ log = logging.getLogger("apot_fat")
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """``seam.Plain.uncompiled``."""
-    global _auto_compiles
-    before, _auto_compiles = _auto_compiles, False
+    global _may_compile
+    before, _may_compile = _may_compile, False
     try:
         yield
     finally:
-        _auto_compiles = before
+        _may_compile = before
 
 
 def pointwise(
@@ -184,12 +184,12 @@ def _modes() -> tuple[bool, bool]:
 
 
 def _compiles(x: Tensor) -> bool:
-    if get_kernels() == "eager" or x.numel() < 2:  # sizes 0 and 1 are never dynamic
+    if get_kernels() == "eager" or not _may_compile or x.numel() < 2:  # sizes 0 and 1 are never dynamic
         return False
     if get_kernels() == "compiled":
         return True
     # on a GPU small tensors cost launches, and a quantizer that is not compiled is a dozen of them
-    return _auto_compiles and (x.device.type == "cuda" or x.numel() >= AUTO_ELEMENTS) and compiler_works(x.device.type)
+    return (x.device.type == "cuda" or x.numel() >= AUTO_ELEMENTS) and compiler_works(x.device.type)
 
 
 def _size_class(x: Tensor) -> int:
