@@ -2,11 +2,12 @@
 
 Sections: (a) layers beside their fixtures, (b) runs stopped and resumed, to the bit, (c) what the host waits for in a
 step, (d) a chain of bit-widths, compiled, (e) torchrun on all GPUs, (f) image files, (g) quantizers, steps and epochs
-beside their goals.
+beside their goals, (h) where the time of the speed run goes. Every two minutes it says where it stands, on stderr.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
@@ -20,6 +21,8 @@ from apot_fat.command_line import OneLineParser
 from apot_fat.gpu_check import FAILED, SECTIONS, Check, Row, run_section, table
 from apot_fat.training.device import choose_device
 from apot_fat.training.environment import environment
+
+_STILL_THERE = 120.0  # seconds between two looks at what it does: a GPU that hangs raises nothing
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product, deterministic or not
     device = choose_device(options.device)
     where = environment(device)
+    faulthandler.dump_traceback_later(_STILL_THERE, repeat=True, file=2)
     logging.getLogger("apot_fat").setLevel(logging.WARNING)  # the runs' own lines
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -53,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
                     content = json.dumps({"environment": where, "rows": [asdict(row) for row in rows]}, indent=1)
                     with atomic_write(options.json) as temporary:
                         temporary.write_text(content + "\n", encoding="utf-8")
+    faulthandler.cancel_dump_traceback_later()
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     print(table(rows))
     if any(row.verdict == FAILED for row in rows):

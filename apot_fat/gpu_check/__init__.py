@@ -2,7 +2,7 @@
 
 from apot_fat.gpu_check.check import FAILED, MISSED, OK, Check, Row, Section, run_section, table
 from apot_fat.gpu_check.layers import check_layers
-from apot_fat.gpu_check.runs import check_chain, check_runs, check_torchrun
+from apot_fat.gpu_check.runs import check_chain, check_runs, check_speed_run, check_torchrun
 from apot_fat.gpu_check.speed import check_files, check_speed
 from apot_fat.gpu_check.waits import check_waits
 
@@ -14,6 +14,7 @@ SECTIONS: dict[str, Section] = {
     "e": check_torchrun,
     "f": check_files,
     "g": check_speed,
+    "h": check_speed_run,
 }
 
 __all__ = ["FAILED", "MISSED", "OK", "SECTIONS", "Check", "Row", "run_section", "table"]

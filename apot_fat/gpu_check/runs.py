@@ -28,7 +28,7 @@ from apot_fat.gpu_check.check import FAILED, OK, Check, Found, Item
 from apot_fat.models import list_models
 from apot_fat.models.registry import LayerMaker, register
 from apot_fat.package_files import PACKAGE
-from apot_fat.training import Recipe, Result, TrainConfig, train, train_chain
+from apot_fat.training import Recipe, Result, TrainConfig, read_recipe, train, train_chain
 from apot_fat.training.build import load_config_dataset
 from apot_fat.training.folder import LAST, METRICS
 from apot_fat.training.interruption import InterruptedRunError
@@ -55,14 +55,14 @@ def small_config(check: Check, **values: Any) -> TrainConfig:
     return TrainConfig.from_dict({**common, "lr_steps": [], **values})
 
 
-def colors_in_noise(check: Check, size: int) -> dict[str, Any]:
+def colors_in_noise(check: Check, size: int, count: int = 1440) -> dict[str, Any]:
     """Images to train on: ten classes, each a colour."""
     rng = np.random.default_rng(0)
     colors = rng.integers(0, 256, (10, 3, 1, 1))
     paths = []
-    for part, count in (("colors", 64 if check.quick else 1440), ("test", 20 if check.quick else 360)):
-        labels = rng.integers(0, 10, count)
-        images = 0.6 * colors[labels] + rng.normal(50, 40, (count, 3, size, size))
+    for part, images_of_it in (("colors", 64 if check.quick else count), ("test", 20 if check.quick else count // 4)):
+        labels = rng.integers(0, 10, images_of_it)
+        images = 0.6 * colors[labels] + rng.normal(50, 40, (images_of_it, 3, size, size))
         paths.append(check.folder / f"{part}{size}.npz")
         np.savez(paths[-1], images=images.clip(0, 255).astype(np.uint8), labels=labels)
     return {"data": str(paths[0]), "test_data": str(paths[1]), "test_batch_size": 360}
@@ -153,6 +153,33 @@ def check_chain(check: Check) -> Iterator[Item]:
         return Found(said, "> 25 %, chance is 10", check.verdict(min(top1) > 25), {"top1": top1})
 
     yield f"{arch}, {', '.join(map(str, chain))} bits, compile {compile}", measure
+
+
+def check_speed_run(check: Check) -> Iterator[Item]:
+    """The stages of the speed run, three epochs each, on as many images: where its time goes.
+
+    Of each stage the wall's seconds of each epoch: the first with start and compilation, the others with the saving of
+    the one before.
+    """
+    epochs = 3
+    recipe = read_recipe("speedrun/resnet20_apot")
+    size, count, values = 32, 50_000, {}
+    if check.quick:
+        size, count = 8, 64
+        values = {"arch": small_network(), "batch_size": 16, "compile": "off", "device": "cpu"}
+
+    def measure() -> Found:
+        output = check.folder / "speedrun"
+        given = {"epochs": epochs, "output": str(output), "device": str(check.device), **values}
+        runs = train_chain(recipe, recipe.chain, given | colors_in_noise(check, size, count))
+        rows = {run.bits: (run.folder / METRICS).read_text().splitlines() for run in runs}
+        seconds = {bits: [json.loads(line)["seconds"] for line in lines] for bits, lines in rows.items()}
+        said = "; ".join(f"{bits}: " + " + ".join(f"{s:.1f}" for s in each) for bits, each in seconds.items())
+        slowest = max(s for each in seconds.values() for s in each[1:])
+        numbers = {str(bits): each for bits, each in seconds.items()}
+        return Found(said, "<= 1 s an epoch but for the first", check.verdict(slowest <= 1), numbers)
+
+    yield f"speed run, {', '.join(map(str, recipe.chain))} bits, {epochs} epochs each", measure
 
 
 def check_torchrun(check: Check) -> Iterator[Item]:

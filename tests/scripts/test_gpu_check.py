@@ -16,7 +16,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.mark.parametrize(
-    "sections", ["b,d", *(pytest.param(rest, marks=pytest.mark.slow) for rest in ("a,c,f", "e,g"))]
+    "sections", ["b,d", *(pytest.param(rest, marks=pytest.mark.slow) for rest in ("a,c,f", "e,g,h"))]
 )
 def test_every_section_runs_tiny_on_a_cpu(tmp_path: Path, sections: str) -> None:
     # in a process of its own: it registers a network, and chooses kernels and numerics
@@ -63,7 +63,7 @@ def test_an_error_is_a_row_and_the_rest_goes_on(run: Run, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--only", "a,x"), "--only 'x': choose of a, b, c, d, e, f, g"),
+        (("--only", "a,x"), "--only 'x': choose of a, b, c, d, e, f, g, h"),
         (("--device", "tpu"), "device 'tpu': choose auto, cpu, cuda or cuda:N"),
         (("--json",), "expected one argument"),
     ],
