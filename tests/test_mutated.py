@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import load, save
 
 from apot_fat import load_packed, load_weights, save_packed
-from apot_fat.checkpoint import write_checkpoint
+from apot_fat.checkpoint import packed_normalization, write_checkpoint
 from apot_fat.data import FileBatches, FileSet, load_dataset
 from apot_fat.models import create_model
 from apot_fat.quant.all_layers import clipping_table
@@ -326,13 +326,14 @@ def runs(folder: Path) -> Kind:
 
 def packed(folder: Path) -> Kind:
     network = create_model("resnet20", "fat-cifar", 3, num_classes=4)
-    save_packed(network, folder / "packed")
+    save_packed(network, folder / "packed", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     names = set(load_packed(folder / "packed").state_dict())
 
     def read(path: Path) -> None:
         state = load_packed(path).state_dict()
         assert set(state) >= {name for name in names if not name.endswith("_alpha")}
         assert all(tensor.isfinite().all() for tensor in state.values())
+        packed_normalization(path)
 
     return Kind({"packed.safetensors": (folder / "packed").read_bytes()}, (*BYTES, index, index, tensor), read)
 

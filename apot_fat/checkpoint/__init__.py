@@ -12,7 +12,13 @@ from apot_fat.checkpoint.files import (
     remove_leftovers,
     write_checkpoint,
 )
-from apot_fat.checkpoint.packed import PACKED_SUFFIX, load_packed, packed_thresholds, save_packed
+from apot_fat.checkpoint.packed import (
+    PACKED_SUFFIX,
+    load_packed,
+    packed_normalization,
+    packed_thresholds,
+    save_packed,
+)
 from apot_fat.checkpoint.released import TORCHVISION, Released, fetch_released, read_manifest, torchvision_weights
 from apot_fat.checkpoint.weights import best_accuracy, checkpoint_thresholds, load_weights, num_outputs, state_dict_of
 
@@ -32,6 +38,7 @@ __all__ = [
     "load_weights",
     "num_outputs",
     "output_file",
+    "packed_normalization",
     "packed_thresholds",
     "read_checkpoint",
     "read_manifest",

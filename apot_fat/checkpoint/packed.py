@@ -13,9 +13,9 @@ import base64
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,12 +53,20 @@ class _Plan(NamedTuple):
     weight: Tensor | None
 
 
-def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
+def save_packed(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> int:
     """Write a network to a packed file, atomically.
 
     Args:
         model: any network with quantized layers; what else it holds stays float.
         path: the file, ``.safetensors`` by custom.
+        mean, std: what its images are normalised with, (image / 255 − mean) / std, a number a channel: the commands
+            that read the file then do so.
 
     An 8-bit weight counts in its maximum: one with values so far below the negative maximum that 16 bits do not hold
     their codes stays float32 in the file.
@@ -70,11 +78,13 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
 
     Raises:
         ValueError: no quantized layer, one that shares its weight with another module, powers of two over more than
-            2^31, values that no network has (NaN), or none (meta); a module's extra state. Nothing is then written.
+            2^31, values that no network has (NaN), or none (meta); a module's extra state; a mean without a std, or
+            numbers that cannot be these. Nothing is then written.
         MissingPackageError: safetensors.
     """
     with needed_for(_PURPOSE):
         from safetensors.torch import save_file
+    normalization = None if mean is None and std is None else _normalization(mean, std)
     model = unwrapped(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AnyQuantized)}
     if not layers:
@@ -98,6 +108,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
             tensors[name] = tensor.contiguous()
     tensors[_FLOATS] = torch.cat([torch.empty(0), *blob])
     index = {"layers": described, "floats": floats, "network": getattr(model, "created_as", None)}
+    if normalization is not None:
+        index["normalization"] = normalization
     packed = base64.b85encode(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)).decode()
     metadata = {"format": FORMAT, "version": str(VERSION), "index": packed}
     with atomic_write(path) as temporary:
@@ -178,6 +190,32 @@ def packed_thresholds(path: str | os.PathLike[str]) -> dict[str, tuple[float | N
     names = [_key(layer, kind) for layer in index["layers"] for kind in THRESHOLDS]
     found = {name: state[name] for name in names if name in state}
     return checkpoint_thresholds(found, f"packed file {path}") if found else {}
+
+
+def packed_normalization(path: str | os.PathLike[str]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """What the images of a packed file's network are normalised with, (mean, std); None where it does not say.
+
+    Raises:
+        ValueError: no such file, or no packed file.
+        MissingPackageError: safetensors.
+    """
+    given = _read(Path(path))[1].get("normalization")
+    if given is None:
+        return None
+    try:
+        mean, std = _normalization(*given)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"packed file {path}: its metadata are damaged") from error
+    return tuple(mean), tuple(std)
+
+
+def _normalization(mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[list[float], list[float]]:
+    if mean is None or std is None:
+        raise ValueError(f"mean {mean}, std {std}: give both, a number a channel each")
+    means, stds = list(map(float, mean)), list(map(float, std))
+    if len(means) != len(stds) or not all(map(isfinite, means + stds)) or not all(value > 0 for value in stds):
+        raise ValueError(f"mean {mean}, std {std}: expected a finite number a channel each, std above 0")
+    return means, stds
 
 
 def _check_own_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

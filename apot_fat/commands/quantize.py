@@ -113,7 +113,8 @@ def main(argv: list[str] | None = None) -> None:
         reconstruct=tuning or False,
     )
     seconds = time.monotonic() - begun
-    size = save_packed(model, output)
+    mean, std = config.normalization()
+    size = save_packed(model, output, mean=mean, std=std)
     log.info("%s\n", conversion)
     after = _test(model, config, dataset, device)
     how = "reconstructed" if options.reconstruct else "calibrated"

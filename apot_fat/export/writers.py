@@ -69,7 +69,7 @@ def write_onnx(export: Export) -> str:
 
 def write_packed(export: Export) -> str:
     """A packed file, see ``save_packed``."""
-    return f"{save_packed(export.model, export.path):,} bytes"
+    return f"{save_packed(export.model, export.path, mean=export.mean, std=export.std):,} bytes"
 
 
 def write_c(export: Export) -> str:

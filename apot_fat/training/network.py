@@ -22,6 +22,7 @@ from apot_fat.checkpoint import (
     load_packed,
     load_weights,
     num_outputs,
+    packed_normalization,
     read_newest,
     torchvision_weights,
 )
@@ -174,10 +175,16 @@ def _open_packed(path: Path, given: dict[str, Any]) -> NetworkFile:
     model = load_packed(path)
     made: Any = model.created_as
     papers = find_architecture(made["name"]).dataset
-    config = TrainConfig(arch=made["name"], preset=made["preset"], bit=made["bits"], data=papers)
     where = f"packed file {path}"
+    known = {"arch": made["name"], "preset": made["preset"], "bit": made["bits"], "data": papers}
+    config = TrainConfig.from_dict(known | _normalized_as(path), where)
     _check_given(where, given, config)
     return NetworkFile(where, replace(config, **given), model, made["num_classes"], {}, is_recorded=False)
+
+
+def _normalized_as(packed: Path) -> dict[str, Any]:
+    mean, std = packed_normalization(packed) or ((), ())
+    return {"mean": mean, "std": std} if len(mean) == 3 else {}  # commands read images of three channels
 
 
 def _open_own(path: Path, given: dict[str, Any], own: str) -> NetworkFile:
@@ -193,6 +200,7 @@ def _open_own(path: Path, given: dict[str, Any], own: str) -> NetworkFile:
         register(name, "cifar10")(lambda layers, num_classes: build())
     if path.suffix == PACKED_SUFFIX:
         where, model, content = f"packed file {path}", load_packed(path, build()), {}
+        given = _normalized_as(path) | given
     else:
         where, content = f"checkpoint {path}", read_newest(path, log.warning)
         model = load_weights(build(), content, label=where).eval()

@@ -19,7 +19,7 @@ log = logging.getLogger("apot_fat")
 def load_teacher(config: TrainConfig, source: str, num_classes: int, device: torch.device) -> nn.Module:
     """The teacher, on the device, in evaluation mode, without gradients; in bfloat16 where that is fast.
 
-    A checkpoint of ours says which network it holds and how its images were normalised, which may be otherwise than the
+    A file of ours says which network it holds and how its images were normalised, which may be otherwise than the
     student's; any other is taken for the student's architecture at 32 bits.
 
     bfloat16 moves the logits of ResNet-20 by 0.9 % (root mean square), where those of 4 bits are 15 % away.
@@ -36,7 +36,8 @@ def load_teacher(config: TrainConfig, source: str, num_classes: int, device: tor
     if opened.num_classes != num_classes:
         raise ValueError(f"teacher {source}: has {opened.num_classes} outputs, the data {num_classes} classes")
     model = opened.model
-    theirs = opened.config.normalization() if opened.is_recorded else config.normalization()
+    says = opened.is_recorded or opened.config.mean is not None
+    theirs = opened.config.normalization() if says else config.normalization()
     if theirs != config.normalization():
         model = _Renormalized(model, config.normalization(), theirs)
     model.to(device)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from apot_fat import load_packed, load_weights, quantize, save_packed, set_bits
+from apot_fat.checkpoint import packed_normalization
 from apot_fat.checkpoint.bit_packing import pack_bits, unpack_bits
 from apot_fat.checkpoint.packed import FORMAT
 from apot_fat.models import create_model
@@ -248,6 +249,24 @@ def test_a_wrapped_network_is_written_and_filled_as_itself(wrap: Callable[..., n
     filled = wrap(own_network())
     assert load_packed(tmp_path / "a.safetensors", filled) is filled
     torch.testing.assert_close(logits(filled, x), logits(model, x))
+
+
+def test_a_file_says_what_its_images_are_normalised_with(tmp_path: Path) -> None:
+    model, path = create_model("resnet20", "fat-cifar", 3), tmp_path / "net.safetensors"
+    save_packed(model, path)
+    assert packed_normalization(path) is None
+    save_packed(model, path, mean=(0.5, 0.4, 0), std=[0.25, 0.125, 1])
+    assert packed_normalization(path) == ((0.5, 0.4, 0.0), (0.25, 0.125, 1.0))
+    written = path.read_bytes()
+    for mean, std, message in (
+        ((0.5,), None, r"mean \(0.5,\), std None: give both"),
+        ((0.5,), (0.25, 0.25), "expected a finite number a channel each"),
+        ((float("nan"),), (0.25,), "expected a finite number a channel each"),
+        ((0.5,), (0.0,), "std above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_packed(model, path, mean=mean, std=std)
+    assert path.read_bytes() == written
 
 
 def test_bad_files(tmp_path: Path) -> None:

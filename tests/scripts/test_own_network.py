@@ -43,6 +43,14 @@ def test_files_of_a_network_of_ones_own(run: Run, tiny_npz: tuple[Path, Path], t
     code, out, err = run("evaluate.py", "--init", "q.safetensors", *named, *data)
     assert (code, err) == (0, "")
     assert f"{correct[1]} of 21 images correct" in out
+    with_others = ("--mean", "0.1,0.2,0.3", "--std", "2,2,2")
+    code, out, err = run(
+        "quantize.py", "--init", "../float.pth", *named, *data, *with_others, "--bits", 4, "--output", "o.safetensors"
+    )
+    assert (code, err) == (0, "")
+    code, out, err = run("evaluate.py", "--init", "o.safetensors", *named, *data)
+    assert (code, err) == (0, "")
+    assert "mean 0.1,0.2,0.3, std 2.0,2.0,2.0, units of 255\n" in out
     code, out, err = run("report.py", "q.safetensors", *named, "--data", tiny_npz[1], "--output", "q.html")
     assert (code, err) == (0, "")
     assert "own_convnet" in Path("q.html").read_text()
@@ -168,12 +176,15 @@ def test_images_of_a_network_of_ones_own_are_normalised_as_said(
             ("quantize.py", "--init", "float.pth", *data, "--output", "q.safetensors"),
             ("evaluate.py", "--init", "float.pth", "--data", tiny_npz[1]),
             ("report.py", "float.pth", "--data", tiny_npz[1], "--output", "r.html"),
-            ("export.py", "q.safetensors", "--to", "c", "--data", tiny_npz[1], "--output", "net.c"),
         )
         for command in commands:
             code, out, err = run(*command, *named)
             assert (code, err) == (0, "")
             assert said in out
+        export = ("export.py", "q.safetensors", "--to", "c", "--data", tiny_npz[1], "--output", "net.c")
+        code, out, err = run(*export, "--model", named[1])
+        assert (code, err) == (0, "")
+        assert said.partition(";")[0].strip() + "\n" in out  # the file says it
         sources.append(Path("net.c").read_text())
     assert sources[0] == sources[1] == sources[2] != sources[3]
     code, _, err = run("quantize.py", "--init", "float.pth", *data, *named, "--std", "0", "--output", "q.safetensors")

@@ -155,6 +155,20 @@ def test_a_run_folder_stands_for_its_best_checkpoint(run: Run, data: tuple[objec
         assert "result: is no run folder, it holds no model_best.pth.tar" in err
 
 
+def test_a_packed_file_goes_on_taking_the_images_of_its_run(run: Run, data: tuple[object, ...]) -> None:
+    # FAT's networks of the papers were normalised otherwise than this run, and the images lie elsewhere now
+    odd = ("--mean", "0.1,0.2,0.3", "--std", "2,2,2")
+    assert run("train.py", "--arch", "res20", "--preset", "fat-cifar", "--bit", 3, "--epochs", 1, *odd, *data)[0] == 0
+    assert run("export.py", "result/res20_3bit", "--to", "packed", "--output", "net.safetensors")[0] == 0
+    found = []
+    for source in ("result/res20_3bit", "net.safetensors"):
+        code, out, _ = run("evaluate.py", "--init", source, *data)
+        assert code == 0
+        found.append(re.findall(r"Loss [\d.]+ \([\d.]+\)|^\d+ of .*", out, re.MULTILINE))
+    assert found[0] == found[1]
+    assert found[0]
+
+
 def test_digits_are_the_default_and_a_named_architecture_means_its_papers_data(run: Run) -> None:
     code, out, _ = run("train.py", "--epochs", 1, "--batch-size", 512, "--bit", 4)
     assert code == 0
