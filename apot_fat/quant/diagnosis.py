@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.normalization import CONSTANT
-from apot_fat.quant.units import ALPHA_FLOOR, along_rows
+from apot_fat.quant.units import ALPHA_FLOOR
 from apot_fat.quant.watching import evaluation_mode, watch_inputs
 
-_DEAD = 10 * ALPHA_FLOOR
-"""The largest normalised weight of a filter that has none to speak of."""
+_DEAD = 0.1
+"""A filter is as good as dead if its largest weight is no more than this share of the layer's."""
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def odd_layers(model: nn.Module, x: Tensor) -> list[str]:
     - An input without a value above 0 (signed quantizers: without any but 0) is quantized to 0 throughout: the output
       is the bias, and the activation threshold gets no gradient.
     - A threshold at or below ``ALPHA_FLOOR`` is used as the floor: all of the weight or input is clipped to about 0.
-      Filters of no more than ten times that, as dead ones are, are in order.
+      Filters that had died before, whose weights are small beside the layer's, are in order.
 
     Args:
         model: any network; left as it is, its mode and statistics too.
@@ -52,7 +52,7 @@ def _reasons(layer: AnyQuantized, x: Tensor) -> list[str]:
         if spec.weight_norm in ("standardize", "center") and w.numel() > 1 and w.std() <= CONSTANT * w.mean().abs():
             reasons.append("its weight is constant and quantized to 0")
         low = layer.weight_alpha <= ALPHA_FLOOR
-        if low.any() and (along_rows(low, w.dim()) & (layer.transformed_weight().abs() > _DEAD)).any():
+        if low.any() and (u := layer.transformed_weight().abs())[low.expand(len(u))].max() > _DEAD * u.max():
             reasons.append("its weight threshold is at its floor: lower weight_alpha_lr")
     if layer.act_alpha is not None and layer.act_quantizer is not None:
         negatives = layer.act_quantizer.keeps_negatives
