@@ -77,12 +77,27 @@ def write_checkpoint(content: dict[str, Any], path: str | os.PathLike[str], *, k
     content = _on_cpu(content)
     buffer = io.BytesIO()
     torch.save({**content, _CHECKSUM: checksum(content)}, buffer)
-    size = buffer.tell()
+    with _replacing(path, buffer.tell(), keep_before) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+        if temporary.read_bytes() != buffer.getbuffer():
+            raise OSError("what was written reads back differently")
+
+
+def copy_checkpoint(source: str | os.PathLike[str], path: str | os.PathLike[str], *, keep_before: bool = False) -> None:
+    """Copy a checkpoint just written, as ``write_checkpoint`` would write it again, in a tenth of the time.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    with _replacing(Path(path), Path(source).stat().st_size, keep_before) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+@contextmanager
+def _replacing(path: Path, size: int, keep_before: bool) -> Iterator[Path]:
     try:
         with atomic_write(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
-            if temporary.read_bytes() != buffer.getbuffer():
-                raise OSError("what was written reads back differently")
+            yield temporary
             if keep_before and path.exists():
                 _link_over(path, before(path))
     except OSError as error:

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apot_fat.checkpoint import atomic_write, drop_damaged, read_newest, remove_leftovers, write_checkpoint
+from apot_fat.checkpoint import (
+    atomic_write,
+    copy_checkpoint,
+    drop_damaged,
+    read_newest,
+    remove_leftovers,
+    write_checkpoint,
+)
 from apot_fat.text import one_line
 from apot_fat.training.board import Board
 from apot_fat.training.config import BEST as BEST
@@ -223,13 +230,17 @@ class Records:
         rng = gather_objects(rng_state(state.device))
         if self.processes.is_first:
             row, best = history[-1], best_index(history)
+            is_best = best == len(history) - 1
             log.info("best acc: %f", history[best][_selection_key(history)])
             checkpoint = self._checkpoint(state, history, rng)
-            if best == len(history) - 1:
+            if is_best:
                 write_checkpoint(checkpoint, self.folder / BEST)
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            write_checkpoint(checkpoint, self.folder / LAST, keep_before=True)
+            if is_best:
+                copy_checkpoint(self.folder / BEST, self.folder / LAST, keep_before=True)
+            else:
+                write_checkpoint(checkpoint, self.folder / LAST, keep_before=True)
             self._draw(row, state.tested)
         wait_for_all()
 

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from apot_fat.checkpoint import atomic_write, before, read_checkpoint, read_newest, save_packed, write_checkpoint
+from apot_fat.checkpoint import (
+    atomic_write,
+    before,
+    copy_checkpoint,
+    read_checkpoint,
+    read_newest,
+    save_packed,
+    write_checkpoint,
+)
 from apot_fat.models import create_model
 
 
@@ -88,17 +96,24 @@ def test_a_damaged_newest_file_gives_way_to_the_one_before(tmp_path: Path) -> No
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.pth.tar"
+    path, large = tmp_path / "run" / "checkpoint.pth.tar", tmp_path / "large.pth"
     write_checkpoint({"w": torch.zeros(10)}, path)
+    write_checkpoint({"w": torch.zeros(10_000)}, large)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(OSError, match=rf"{path}: cannot be written .* takes \d{{5}} bytes"):
             write_checkpoint({"w": torch.zeros(10_000)}, path, keep_before=True)
+        with pytest.raises(OSError, match=rf"{path}: cannot be written .* takes \d{{5}} bytes"):
+            copy_checkpoint(large, path, keep_before=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert torch.equal(read_checkpoint(path)["w"], torch.zeros(10))
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    copy_checkpoint(large, path, keep_before=True)
+    assert path.read_bytes() == large.read_bytes()
+    assert torch.equal(read_checkpoint(before(path))["w"], torch.zeros(10))
+    assert not path.samefile(large)  # whoever overwrites one of them has not overwritten the other
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
