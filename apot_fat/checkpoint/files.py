@@ -84,7 +84,7 @@ def write_checkpoint(content: dict[str, Any], path: str | os.PathLike[str], *, k
 
 
 def copy_checkpoint(source: str | os.PathLike[str], path: str | os.PathLike[str], *, keep_before: bool = False) -> None:
-    """Copy a checkpoint just written, as ``write_checkpoint`` would write it again, in a tenth of the time.
+    """Copy a checkpoint just written: as ``write_checkpoint`` would write it again, but neither serialised nor summed.
 
     Raises:
         OSError: it cannot be written; what was there stays.

@@ -60,7 +60,8 @@ def test_a_dead_filter_is_in_order() -> None:
         initialize_thresholds(net, x)
         assert layer.weight_alpha is not None
         assert layer.weight_alpha[1] <= ALPHA_FLOOR
-        layer.weight[1] += 0.2 * layer.weight.std()  # what training makes of it
-        assert odd_layers(net, x) == []
+        for growth in (2 * ALPHA_FLOOR, 0.2):  # what training makes of it
+            layer.weight[1] += growth * layer.weight.std()
+            assert odd_layers(net, x) == []
         layer.weight_alpha[2] = 0
     assert odd_layers(net, x) == ["0: its weight threshold is at its floor: lower weight_alpha_lr"]

@@ -182,7 +182,7 @@ def test_images_of_a_network_of_ones_own_are_normalised_as_said(
             assert (code, err) == (0, "")
             assert said in out
         export = ("export.py", "q.safetensors", "--to", "c", "--data", tiny_npz[1], "--output", "net.c")
-        code, out, err = run(*export, "--model", named[1])
+        code, out, err = run(*export, *named)
         assert (code, err) == (0, "")
         assert said.partition(";")[0].strip() + "\n" in out  # the file says it
         sources.append(Path("net.c").read_text())

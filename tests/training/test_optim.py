@@ -69,6 +69,7 @@ def test_adams_steps_are_relative_to_each_parameter() -> None:
     model = create_model("res20", bits=4)
     optimizer = make_optimizer(model, config)
     assert isinstance(optimizer, RelativeAdamW)
+    schedule = make_schedule(optimizer, config, 1)
     before = {p: p.detach().clone() for p in model.parameters()}
     optimizer.take_sizes()
     for parameter in model.parameters():
@@ -83,6 +84,9 @@ def test_adams_steps_are_relative_to_each_parameter() -> None:
             moved = (parameter - start).abs().max().item()
             assert moved == pytest.approx(rate, rel=0.02)  # Adam's first step is its rate
     assert not before
+    schedule.step()  # one curve for all, whatever their sizes
+    after = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert after == pytest.approx({name: rate * lr_factor(config, 1, 1) for name, rate in rates.items()})
 
 
 def test_relative_adam_is_adam_with_a_rate_for_each_parameter_also_when_resumed() -> None:
