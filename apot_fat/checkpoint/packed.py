@@ -199,7 +199,7 @@ def packed_normalization(path: str | os.PathLike[str]) -> tuple[tuple[float, ...
         ValueError: no such file, or no packed file.
         MissingPackageError: safetensors.
     """
-    given = _read(Path(path))[1].get("normalization")
+    given = _read(Path(path), whole=False)[1].get("normalization")
     if given is None:
         return None
     try:
@@ -376,7 +376,8 @@ def _left_over(model: nn.Module, layers: Mapping[str, nn.Module], packed: Mappin
     return left
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path, *, whole: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    # without whole the index alone
     if not path.is_file():
         raise ValueError(f"packed file {path}: no such file")
     with needed_for(_PURPOSE):
@@ -388,7 +389,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise ValueError(f"packed file {path}: not written by save_packed")
             if metadata.get("version") != str(VERSION):
                 raise ValueError(f"packed file {path}: version {metadata.get('version')}, this package reads {VERSION}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names} if whole else {}
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"packed file {path}: not a safetensors file, or damaged ({error})") from error
     try:
@@ -399,7 +401,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError
     except (KeyError, ValueError, zlib.error, RecursionError) as error:
         raise ValueError(f"packed file {path}: its metadata are damaged") from error
-    if not isinstance(index.get("layers"), dict) or not isinstance(index.get("floats"), dict) or _FLOATS not in tensors:
+    if not isinstance(index.get("layers"), dict) or not isinstance(index.get("floats"), dict) or _FLOATS not in names:
         raise ValueError(f"packed file {path}: its metadata are damaged")
     return tensors, index
 
