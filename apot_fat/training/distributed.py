@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,7 +65,9 @@ _TORCHRUN = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WO
 def process_group(processes: Processes, device: torch.device, timeout_s: float) -> Iterator[None]:
     """The process group of a run: NCCL on CUDA, gloo on a CPU; nothing for one process or inside another such block.
 
-    torchrun's rendezvous serves one group: a chain of runs opens it around all of them.
+    torchrun's rendezvous serves one group: a chain of runs opens it around all of them. What the block made, such as
+    ``DistributedDataParallel``, must be out of reach behind it: gloo's threads end with the last that holds the group,
+    and one that gives back a tensor while the interpreter shuts down would abort the process.
 
     Args:
         timeout_s: seconds after which waiting for another process ends in an error.
@@ -90,7 +93,10 @@ def process_group(processes: Processes, device: torch.device, timeout_s: float) 
     try:
         yield
     finally:
+        group = dist.group.WORLD  # let go of last: it waits for gloo's threads, without the lock that they may need
+        gc.collect()
         dist.destroy_process_group()
+        del group
 
 
 def of_another_process(error: RuntimeError) -> bool:

@@ -84,55 +84,69 @@ def train(config: TrainConfig, *, resume: str | None = None, dataset: Dataset | 
     if before is not None:
         config = config.normalized_as(run_config(before, folder))
     with process_group(processes, device, config.dist_timeout):
-        dataset = dataset or load_config_dataset(config)
-        if dataset.train is None or (config.val_split and dataset.val is None):
-            what = "training images" if dataset.train is None else f"held-out images, val_split is {config.val_split}"
-            raise ValueError(f"{dataset.name}: the given images have no {what}; load_config_dataset(config) has")
-        shape = image_shape(config, dataset.test)
-        about = {
-            "image_shape": shape,
-            "sources": checked_sources(before, config, dataset),
-        }
-        seed_everything(config.seed)
-        since = time.perf_counter()
-        sets = _make_sets(config, dataset, device, sharding)
-        classes, is_new = len(dataset.classes), before is None
-        state = _make_state(config, classes, shape, sets.train.steps, device, processes, is_new=is_new)
-        _check_batch_norm(state.model, config, sets, sharding)
-        if processes.rank:  # dropout of its own; the network is the first process's
-            torch.manual_seed(mix_seed(config.seed, processes.rank))
-        objective = make_objective(config, classes, device)
-        history, position = ([], None) if before is None else state.restore(before, processes)
-        if position is not None:
-            since -= position.meter["seconds"]
-        again = state.tested if position is None else None
-        with (
-            Records(folder, config, processes, history, about, sets.sample, again) as records,
-            SignalWatch(log.warning) as watch,
-        ):
-            log.info(
-                "%s: %s, %s at %d bits on %s, %s", folder, config.arch, config.preset, config.bit, dataset.name, device
-            )
-            if processes.is_distributed:
-                log.info("%d processes, %d images a step", processes.world, config.batch_size)
-            if processes.is_first:
-                keep_best(folder, resume, history)
-            if before is None:
-                set_initial_thresholds(state.model, config, sets.train, device)
-                assert dataset.train is not None
-                if processes.is_first:  # the others take its parameters
-                    reconstruct_start(state.model, config, dataset.train, classes, device)
-            epochs = _Epochs(config, processes, device, sets, state, objective)
-            if before is None and isinstance(state.optimizer, RelativeAdamW):
-                state.optimizer.take_sizes()
-            for epoch in range(len(history), config.epochs):
-                saver = StepSaver(records, state, history, watch, config.checkpoint_every)
-                row = epochs.run(epoch, saver, position)
-                now = time.perf_counter()
-                history.append({**row, "seconds": now - since})
-                since, position = now, None
-                records.save(state, history)
-                saver.stop_if_asked()
+        return _train(config, resume, dataset, before, processes, device, sharding)
+
+
+def _train(
+    config: TrainConfig,
+    resume: str | None,
+    dataset: Dataset | None,
+    before: dict[str, Any] | None,
+    processes: Processes,
+    device: torch.device,
+    sharding: Sharding,
+) -> RunSummary:
+    # a function, so that nothing of it is left when its process group ends
+    folder = Path(config.output) / config.run_name
+    dataset = dataset or load_config_dataset(config)
+    if dataset.train is None or (config.val_split and dataset.val is None):
+        what = "training images" if dataset.train is None else f"held-out images, val_split is {config.val_split}"
+        raise ValueError(f"{dataset.name}: the given images have no {what}; load_config_dataset(config) has")
+    shape = image_shape(config, dataset.test)
+    about = {
+        "image_shape": shape,
+        "sources": checked_sources(before, config, dataset),
+    }
+    seed_everything(config.seed)
+    since = time.perf_counter()
+    sets = _make_sets(config, dataset, device, sharding)
+    classes, is_new = len(dataset.classes), before is None
+    state = _make_state(config, classes, shape, sets.train.steps, device, processes, is_new=is_new)
+    _check_batch_norm(state.model, config, sets, sharding)
+    if processes.rank:  # dropout of its own; the network is the first process's
+        torch.manual_seed(mix_seed(config.seed, processes.rank))
+    objective = make_objective(config, classes, device)
+    history, position = ([], None) if before is None else state.restore(before, processes)
+    if position is not None:
+        since -= position.meter["seconds"]
+    again = state.tested if position is None else None
+    with (
+        Records(folder, config, processes, history, about, sets.sample, again) as records,
+        SignalWatch(log.warning) as watch,
+    ):
+        log.info(
+            "%s: %s, %s at %d bits on %s, %s", folder, config.arch, config.preset, config.bit, dataset.name, device
+        )
+        if processes.is_distributed:
+            log.info("%d processes, %d images a step", processes.world, config.batch_size)
+        if processes.is_first:
+            keep_best(folder, resume, history)
+        if before is None:
+            set_initial_thresholds(state.model, config, sets.train, device)
+            assert dataset.train is not None
+            if processes.is_first:  # the others take its parameters
+                reconstruct_start(state.model, config, dataset.train, classes, device)
+        epochs = _Epochs(config, processes, device, sets, state, objective)
+        if before is None and isinstance(state.optimizer, RelativeAdamW):
+            state.optimizer.take_sizes()
+        for epoch in range(len(history), config.epochs):
+            saver = StepSaver(records, state, history, watch, config.checkpoint_every)
+            row = epochs.run(epoch, saver, position)
+            now = time.perf_counter()
+            history.append({**row, "seconds": now - since})
+            since, position = now, None
+            records.save(state, history)
+            saver.stop_if_asked()
     return summary_of(folder, config, history)
 
 

@@ -253,7 +253,7 @@ def test_the_switches_under_two_processes_are_those_of_one(tmp_path: Path, tiny_
     options["output"] = tmp_path / "1"
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
     train(TrainConfig.from_dict({name: str(v) if isinstance(v, Path) else v for name, v in options.items()}))
-    line = [ROOT / "scripts/train.py", *flags, "--sync_bn", "--output", tmp_path / "2"]
+    line = [WORKER.with_name("ended_worker.py"), *flags, "--sync_bn", "--output", tmp_path / "2"]
     done = run(torchrun(2, *line), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     states, losses = [], []
