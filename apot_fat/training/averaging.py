@@ -10,9 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from apot_fat.checkpoint import load_weights
-from apot_fat.data import Batches
-from apot_fat.quant.convert.norms import batch_norms, estimate_batch_norms
-from apot_fat.training.distributed import sum_over_processes
 
 
 class WeightAverage:
@@ -20,7 +17,7 @@ class WeightAverage:
 
     Equation: after the first optimiser step w̄ = w, after each further w̄ ← d · w̄ + (1 − d) · w. Quantized are the
     averages, not averaged the quantized. The averages have activations of other statistics than any of the networks
-    they come from: ``estimate_batch_norm`` takes those of the averaged network itself.
+    they come from: ``follow_buffers``, then ``estimate_batch_norm`` gives it its own.
 
     Args:
         model: the network, on its device and without wrappers.
@@ -49,28 +46,10 @@ class WeightAverage:
         torch._foreach_mul_(averages, keep)
         torch._foreach_add_(averages, list(torch._foreach_mul(parameters, 1 - keep)))
 
-    def estimate_batch_norm(self, batches: Batches, count: int) -> None:
-        """Replace the averaged network's batch statistics by their mean over training batches; other buffers follow.
-
-        Args:
-            batches: of the epoch chosen on them; each process takes its first ``count``, and all end with the mean.
-            count: batches, ≥ 1.
-
-        The random numbers of the run (dropout's) are left as they were.
-        """
+    def follow_buffers(self) -> None:
+        """Take the buffers that the network has now; its batch statistics are not the averaged network's."""
         for own, trained in zip(self.model.buffers(), self.trained.buffers(), strict=True):
             own.copy_(trained)
-        devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
-        with torch.random.fork_rng(devices):
-            was_training, norms, chosen = self.model.training, batch_norms(self.model), iter(batches)
-            self.model.train()
-            estimate_batch_norms(norms, lambda _: self.model(next(chosen).x), min(count, batches.num_batches))
-            self.model.train(was_training)
-        for norm in norms:
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            for statistics in (norm.running_mean, norm.running_var):
-                statistics.copy_(_mean_over_processes(statistics))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average's weights, under the network's own names."""
@@ -85,9 +64,3 @@ class WeightAverage:
     def steps(self) -> int:
         """Optimiser steps averaged so far."""
         return int(self.count)
-
-
-def _mean_over_processes(values: Tensor) -> Tensor:
-    if not torch.distributed.is_initialized():
-        return values
-    return sum_over_processes(values.clone()) / torch.distributed.get_world_size()

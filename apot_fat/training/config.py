@@ -130,6 +130,11 @@ class TrainConfig:
     bn_batches: int = _option(
         50, "training batches whose statistics the average's batch norm takes before it is tested", low=1
     )
+    final_bn_batches: int = _option(
+        0,
+        "training batches whose statistics batch norm takes after the last epoch, before it is tested; 0 for none",
+        low=0,
+    )
 
     init: str | None = _option(
         None,

@@ -236,6 +236,11 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of a tensor over all processes; the tensor itself for one."""
+    return sum_over_processes(values.clone()) / dist.get_world_size() if dist.is_initialized() else values
+
+
 def largest_over_processes(values: Tensor) -> Tensor:
     """The largest of a tensor's elements over all processes; the tensor itself for one."""
     if dist.is_initialized():

@@ -44,11 +44,14 @@ class Objective:
         self.teacher, self.distill_weight = teacher, distill_weight
         self.distill_temperature = distill_temperature
 
+    def inputs(self, x: Tensor) -> Tensor:
+        """What both networks see of a batch of images, (B, C, H, W): some of them mixed."""
+        return mixed(x, self.distill_mixup) if self.teacher is not None and self.distill_mixup else x
+
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """(loss, 0-d; logits (B, classes)) of the network in training, called once."""
-        x, taught = batch.x, None
+        x, taught = self.inputs(batch.x), None
         if self.teacher is not None:  # before the network: nothing comes between its forward and its backward
-            x = mixed(x, self.distill_mixup) if self.distill_mixup else x
             with torch.no_grad():
                 taught = self.teacher(x)
         logits = model(x)

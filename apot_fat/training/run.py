@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apot_fat.data import Batches, Dataset, Sharding
 from apot_fat.data.sharding import mix_seed
 from apot_fat.quant.all_layers import clipping_table, keep_thresholds_positive
 from apot_fat.quant.diagnosis import odd_layers
-from apot_fat.quant.watching import evaluation_mode, watch_inputs
 from apot_fat.training.averaging import WeightAverage
+from apot_fat.training.batch_norm import check_batch_norm, estimate_batch_norm
 from apot_fat.training.build import (
     image_shape,
     load_config_dataset,
@@ -112,7 +112,7 @@ def _train(
     sets = _make_sets(config, dataset, device, sharding)
     classes, is_new = len(dataset.classes), before is None
     state = _make_state(config, classes, shape, sets.train.steps, device, processes, is_new=is_new)
-    _check_batch_norm(state.model, config, sets, sharding)
+    check_batch_norm(state.model, config, sets.train.num_images, sharding, sets.sample[:1])
     if processes.rank:  # dropout of its own; the network is the first process's
         torch.manual_seed(mix_seed(config.seed, processes.rank))
     objective = make_objective(config, classes, device)
@@ -202,30 +202,6 @@ def _make_state(
     return TrainState(model, optimizer, schedule, scaler, average)
 
 
-@torch.no_grad()
-def _check_batch_norm(model: nn.Module, config: TrainConfig, sets: _Sets, sharding: Sharding) -> None:
-    # over one value a channel it is undefined: before training begins, not at the end of its first epoch
-    count, size, parts = sets.train.num_images, config.batch_size, sharding.parts
-    if sharding.fewest(count, size) > 1:
-        return
-    norms = {m: name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)}
-    single: list[str] = []
-
-    def look(norm: nn.BatchNorm1d | nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
-        if inputs[0][0, 0].numel() == 1:
-            single.append(norms[norm])
-
-    with evaluation_mode(model), watch_inputs(norms, look), torch.compiler.set_stance("force_eager"):
-        model(sets.sample[:1])
-    if single:
-        others = (*range(size - parts, 0, -parts), *range(size + parts, count + parts, parts))
-        fits = next((other for other in others if sharding.fewest(count, other) > 1), None)
-        raise ValueError(
-            f"batch_size {size}: one of {count} training images would be a batch of its own, where batch norm "
-            f"({single[0]}) has a single value a channel; give {f'--batch-size {fits}' if fits else 'more images'}"
-        )
-
-
 class _Epochs:
     """Trains and tests, an epoch at a time; made within the process group."""
 
@@ -276,9 +252,7 @@ class _Epochs:
         )
         share_buffers(state.model)
         keep_thresholds_positive(state.model)
-        if state.average is not None:
-            with autocast(self.device, config.amp):
-                state.average.estimate_batch_norm(self.sets.train, config.bn_batches)
+        self.estimate_batch_norm(epoch)
         tests = partial(evaluate, self.tested, after_batch=saver.after_test_batch)  # in float32, as what is shipped
         tested = tests(self.sets.test, log=say, print_freq=config.print_freq)
         held_out = None if self.sets.val is None else tests(self.sets.val)
@@ -286,6 +260,18 @@ class _Epochs:
         if self.processes.is_first:  # it alone logs
             self.warn(epoch, odd_layers(state.tested, self.sets.sample))
         return _metrics(epoch, state, trained, tested, held_out)
+
+    def estimate_batch_norm(self, epoch: int) -> None:
+        """Give the tested network batch statistics of its own: an average in each epoch, any at the end if asked."""
+        config, state, count = self.config, self.state, 0
+        if state.average is not None:
+            state.average.follow_buffers()
+            count = config.bn_batches
+        if epoch == config.epochs - 1:
+            count = config.final_bn_batches or count
+        if count:
+            with autocast(self.device, config.amp):
+                estimate_batch_norm(state.tested, self.sets.train, count, epoch=epoch, inputs=self.objective.inputs)
 
     def warn(self, epoch: int, sentences: list[str]) -> None:
         """Say each sentence once a run."""

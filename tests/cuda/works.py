@@ -45,6 +45,7 @@ from apot_fat.quant.measure import measure_layers
 from apot_fat.reporting.bits import network_bits
 from apot_fat.training import Result, TrainConfig, evaluate, train, train_epoch
 from apot_fat.training.averaging import WeightAverage
+from apot_fat.training.batch_norm import estimate_batch_norm
 from apot_fat.training.board import Board
 from apot_fat.training.build import make_batches, unlabelled_images
 from apot_fat.training.finite import FiniteGuard, NonFiniteError
@@ -97,7 +98,8 @@ def training(device: torch.device, arch: str, preset: str, **values: Any) -> Fou
     trained = epoch(model, run, batches, optimizer)
     keep_thresholds_positive(model)
     with autocast(device, run.amp):
-        average.estimate_batch_norm(batches, 2)
+        average.follow_buffers()
+        estimate_batch_norm(average.model, batches, 2)
     tested = evaluate(average.model, make_batches(run, few, device))
     return {
         "results": [(result.loss, result.correct, result.total) for result in (trained, tested)],

@@ -249,7 +249,7 @@ def test_the_switches_under_two_processes_are_those_of_one(tmp_path: Path, tiny_
     write_checkpoint({"state_dict": create_model("resnet20", bits=32, num_classes=3).state_dict()}, teacher)
     options: dict[str, Any] = {"data": tiny_npz[0], "test_data": tiny_npz[1], "bit": 4, "epochs": 1, "batch_size": 16}
     options |= {"crop_padding": 1, "lr": 0.001, "teacher": teacher, "distill_weight": 0.5}
-    options |= {"label_smoothing": 0.1, "ema_decay": 0.5, "bn_batches": 2, "compile": "off"}
+    options |= {"label_smoothing": 0.1, "ema_decay": 0.5, "bn_batches": 2, "final_bn_batches": 4, "compile": "off"}
     options["output"] = tmp_path / "1"
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
     train(TrainConfig.from_dict({name: str(v) if isinstance(v, Path) else v for name, v in options.items()}))

@@ -55,7 +55,14 @@ def test_a_resumed_run_ends_with_the_same_bits(
 
 ALL_SWITCHES: dict[str, Any] = {"threshold_init": "mse", "distill_weight": 1.0, "distill_temperature": 2.0}
 ALL_SWITCHES |= {"label_smoothing": 0.1, "distill_mixup": 0.5, "optimizer": "adam", "lr": 0.001}
-ALL_SWITCHES |= {"ema_decay": 0.8, "bn_batches": 2, "schedule": "cosine", "warmup": 0.5, "accumulate": 2}
+ALL_SWITCHES |= {
+    "ema_decay": 0.8,
+    "bn_batches": 2,
+    "final_bn_batches": 5,
+    "schedule": "cosine",
+    "warmup": 0.5,
+    "accumulate": 2,
+}
 SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
 
 

@@ -16,6 +16,7 @@ from apot_fat.training import TrainConfig, evaluate, train
 from apot_fat.training.averaging import WeightAverage
 from apot_fat.training.build import load_config_dataset, make_batches, make_objective
 from apot_fat.training.folder import BEST, LAST
+from apot_fat.training.objective import mixed
 from apot_fat.training.teacher import load_teacher
 
 CPU = torch.device("cpu")
@@ -132,6 +133,38 @@ def test_the_average_is_what_is_tested_and_kept(make: Any) -> None:
     handle.remove()
     mean = torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)
     torch.testing.assert_close(averaged["bn1.running_mean"], mean)
+
+
+def test_batch_norm_of_the_last_epoch_is_that_of_the_network_as_it_ended(make: Any, tmp_path: Path) -> None:
+    write_checkpoint({"state_dict": create_model("resnet20", bits=32, num_classes=3).state_dict()}, tmp_path / "t.pth")
+    options = {"teacher": str(tmp_path / "t.pth"), "distill_weight": 1.0, "distill_mixup": 1.0}
+    content = read_checkpoint(train(make(**options)).folder / LAST)
+    config = make(**options, final_bn_batches=7, output=str(tmp_path / "other"))
+    again = read_checkpoint(train(config).folder / LAST)
+    assert again["history"][0]["test_loss"] == content["history"][0]["test_loss"]  # the last epoch alone
+    assert again["history"][1]["train_loss"] == content["history"][1]["train_loss"]
+    trained, kept = content["state_dict"], again["state_dict"]
+    changed = {name for name in trained if not torch.equal(trained[name], kept[name])}
+    norms = {name for name in trained if name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    assert changed == norms
+    # as evaluated
+    model = create_model("resnet20", bits=4, num_classes=3)
+    model.load_state_dict(kept)
+    dataset = load_config_dataset(config)
+    assert evaluate(model, make_batches(config, dataset.test, CPU)).loss == again["history"][1]["test_loss"]
+    # seven batches as training's: three of the last epoch and four of what would follow, mixed as the teacher sees them
+    assert dataset.train is not None
+    batches = make_batches(config, dataset.train, CPU, training=True)
+    images: list[torch.Tensor] = []
+    for epoch in range(1, 4):
+        batches.set_epoch(epoch)
+        images += [batch.x for batch in batches]
+    torch.set_rng_state(again["rng"][0]["cpu"])
+    outputs = [model.get_submodule("conv1")(mixed(x, 1.0)) for x in images[:7]]
+    mean = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)
+    variance = torch.stack([y.var((0, 2, 3)) for y in outputs]).mean(0)
+    torch.testing.assert_close(kept["bn1.running_mean"], mean)
+    torch.testing.assert_close(kept["bn1.running_var"], variance)
 
 
 def test_the_average_follows_by_its_decay() -> None:
