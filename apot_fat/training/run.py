@@ -227,6 +227,10 @@ class _Epochs:
         network = compiled(state.model)
         self.tested = compiled(state.tested) if state.average else network
         self.trained = wrap(network, processes, device)  # every process takes the first one's parameters
+        if objective.teacher is not None and network is not state.model:
+            seen = {(False, size): config.epochs * count for size, count in sets.train.sizes.items()}
+            # no CUDA graphs: its logits are needed behind the network's own call
+            objective.teacher = compile_network(objective.teacher, "model", device, cuda_graphs=False, batches=seen)
         self.guard = FiniteGuard(self.trained, state.optimizer, state.scaler, config.skip_nonfinite)
         self.warned: set[str] = set()
 

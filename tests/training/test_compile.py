@@ -5,6 +5,7 @@ import io
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,14 @@ from torch import Tensor, nn
 from tqdm import TMonitor
 
 from apot_fat import QuantConv2d, preset
+from apot_fat.checkpoint import read_checkpoint, write_checkpoint
+from apot_fat.models import create_model
 from apot_fat.quant import seam
 from apot_fat.quant.fast.kernels import inductor_options
+from apot_fat.training import TrainConfig, train
 from apot_fat.training import compile as training_compile
 from apot_fat.training.compile import compile_network
+from apot_fat.training.folder import LAST
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 OURS = "apot_fat", "WARNING"
@@ -119,6 +124,28 @@ def test_few_batches_of_a_kind_have_no_graph(compilations: list[Any]) -> None:
             assert torch.equal(model(x), model(x))
         sizes = [shape[0] for shapes in compilations[1:] for shape in shapes if shape[1:] == (3, 4, 4)]
         assert sizes == {enough - 1: [8], enough: [8, 8], None: [8, 3, 8]}[tests]
+
+
+def test_a_teacher_that_sees_many_batches_is_compiled_too(
+    compilations: list[Any], tiny_npz: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_compile, "AUTO_BATCHES", 6)
+    write_checkpoint({"state_dict": create_model("vgg_tiny", bits=32, num_classes=3).state_dict()}, tmp_path / "t.pth")
+    options: dict[str, Any] = {"data": str(tiny_npz[0]), "test_data": str(tiny_npz[1]), "batch_size": 16, "lr": 0.001}
+    options |= {
+        "arch": "vgg_tiny",
+        "teacher": str(tmp_path / "t.pth"),
+        "distill_weight": 1.0,
+        "epochs": 2,
+        "histogram_every": 0,
+    }
+    losses = []
+    for mode in ("off", "auto"):
+        summary = train(TrainConfig(**options, compile=mode, output=str(tmp_path / mode)))
+        losses.append(read_checkpoint(summary.folder / LAST)["history"][1]["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    graphs = [shapes for shapes in compilations if isinstance(shapes, list) and (16, 3, 8, 8) in shapes]
+    assert len(graphs) == 2  # the network's, of training, and the teacher's
 
 
 def test_auto_is_the_whole_network_on_cuda_replayed_where_gradients_are_not_added_up(compilations: list[Any]) -> None:
