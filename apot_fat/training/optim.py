@@ -102,6 +102,13 @@ def make_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config, step, steps_per_epoch))
 
 
+def last_rates(schedule: torch.optim.lr_scheduler.LambdaLR) -> dict[str, float]:
+    """The learning rate of each group, by its name, in the last step that was made."""
+    groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    step = max(schedule.last_epoch - 1, 0)  # it stands at the step to come
+    return {group["name"]: float(base) * factor(step) for group, base, factor in groups}
+
+
 def say_unreached_steps(config: TrainConfig) -> None:
     """Say which steps of the learning rate lie behind the run's end, such as a recipe's in a shorter run."""
     counts = config.schedule == "step" and config.lr_unit == "epochs"

@@ -44,7 +44,7 @@ from apot_fat.training.interruption import SignalWatch
 from apot_fat.training.loop import Position, Result, autocast, evaluate, train_epoch
 from apot_fat.training.network import check_images, create_network
 from apot_fat.training.objective import Objective
-from apot_fat.training.optim import RelativeAdamW, make_optimizer, make_schedule, say_unreached_steps
+from apot_fat.training.optim import RelativeAdamW, last_rates, make_optimizer, make_schedule, say_unreached_steps
 from apot_fat.training.resume import checked_sources, keep_best, resumed_content
 from apot_fat.training.start import load_initial_weights, reconstruct_start, set_initial_thresholds
 from apot_fat.training.state import TrainState
@@ -290,6 +290,6 @@ def _metrics(epoch: int, state: TrainState, trained: Result, tested: Result, hel
     for name, result in (("train", trained), ("test", tested), ("val", held_out)):
         if result is not None:
             row |= {f"{name}_loss": result.loss, f"{name}_top1": result.top1}
-    row["lr"] = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
+    row["lr"] = last_rates(state.schedule)
     row["layers"] = {layer.name: asdict(layer) for layer in clipping_table(state.tested)}
     return row

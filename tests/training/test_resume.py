@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shutil
 from pathlib import Path
@@ -152,7 +153,9 @@ def test_a_finished_cosine_goes_on_and_says_so_and_an_unfinished_one_keeps_its_e
     assert "cosine schedule depends on: goes on as one of 2 would from here" in caplog.text
     last = tmp_path / "resnet20_4bit" / LAST
     content = read_checkpoint(last)
-    assert content["history"][1]["lr"]["weights"] == pytest.approx(0)
+    rates = content["history"][1]["lr"]  # of the last of six steps
+    assert rates["weights"] == pytest.approx(0.01 * (1 + math.cos(math.pi * 5 / 6)) / 2)
+    assert rates["act_alpha"] == pytest.approx(0.1 * (1 + math.cos(math.pi * 5 / 6)) / 2)
     write_checkpoint({**content, "config": {**content["config"], "epochs": 3}}, last)
     with pytest.raises(ValueError, match="not 4: finish it first, or name another --output"):
         train(one(tiny_npz, tmp_path, epochs=4), resume="auto")
