@@ -151,8 +151,7 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
     try:
         processes = launched()
     except ValueError as error:
-        print(f"{program()}: error: {one_line(error)}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_BAD_INPUT)
+        _end(error, EXIT_BAD_INPUT)
     is_first = processes.is_first
     logging.getLogger("apot_fat").setLevel(logging.INFO if is_first else logging.ERROR)
     try:
@@ -161,11 +160,10 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
         if not is_first:
             time.sleep(3)  # torchrun ends this process meanwhile if the first met, and said, the same
         where = f" in process {processes.rank}" if not is_first else ""
-        print(f"{program()}: error{where}: {one_line(error)}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_BAD_INPUT)
+        _end(error, EXIT_BAD_INPUT, where)
     except NonFiniteError as error:
         if is_first:
-            print(f"{program()}: error: {one_line(error)}", file=sys.stderr, flush=True)
+            _end(error, EXIT_NON_FINITE)
         sys.exit(EXIT_NON_FINITE)
     except InterruptedRunError as error:
         log.info("%s", error)
@@ -173,14 +171,12 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
     except BrokenPipeError:  # the reader of our output, such as head, has enough
         sys.exit(0)
     except OSError as error:
-        print(f"{program()}: error: {one_line(error)}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_ENVIRONMENT)
+        _end(error, EXIT_ENVIRONMENT)
     except RuntimeError as error:
         if not of_another_process(error):
             raise
-        where = f"process {processes.rank} has lost another ({one_line(error):.200})"
-        print(f"{program()}: error: {where}; go on with --resume auto", file=sys.stderr, flush=True)
-        sys.exit(EXIT_ENVIRONMENT)
+        lost = f"process {processes.rank} has lost another ({one_line(error):.200})"
+        _end(f"{lost}; go on with --resume auto", EXIT_ENVIRONMENT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     finally:
@@ -189,6 +185,11 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
+
+
+def _end(error: Exception | str, code: int, where: str = "") -> NoReturn:
+    print(f"{program()}: error{where}: {one_line(error)}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def program() -> str:

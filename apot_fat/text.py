@@ -40,7 +40,7 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequenc
     return f"<table>{body}</table>"
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """An error's message on one line, as ``printable``."""
     return printable(" ".join(str(error).split()))
 

@@ -16,7 +16,7 @@ from torch import nn
 from apot_fat import load_packed, load_weights, quantize, save_packed, set_bits
 from apot_fat.checkpoint import packed_normalization
 from apot_fat.checkpoint.bit_packing import pack_bits, unpack_bits
-from apot_fat.checkpoint.packed import FORMAT
+from apot_fat.checkpoint.packed_file import FORMAT
 from apot_fat.models import create_model
 from apot_fat.quant import EIGHT_BIT, PRESETS, QuantConv2d, QuantLinear, QuantSpec, preset
 

@@ -37,8 +37,8 @@ _TAKEN = re.compile(r"\b(Tensor|Batch|Integers|nn\.\w+|\w*Conv2d|\w*Linear|AnyQu
 NOT_REACHED = {
     "before anything is on the device: files read, networks made, what an error says": [
         "checkpoint.bit_packing:unpack_bits",
-        "checkpoint.packed:_split",
-        "checkpoint.packed:_unpack_layer",
+        "checkpoint.packed_file:*",
+        "checkpoint.packed_layers:unpack_layer",
         "checkpoint.weights:_hint",
         "checkpoint.weights:_is_float_bias",
         "data.images:*Set.subset",
@@ -68,9 +68,9 @@ NOT_REACHED = {
     "they ask for a true GPU": ["gpu_check.*", "timing:*"],
     "a whole run, see test_run.py": [
         "quant.all_layers:show_params",
+        "training.batch_norm:check_batch_norm",
         "training.folder:*",
         "training.network:check_images",
-        "training.run:_check_batch_norm",
         "training.teacher:_Renormalized.*",
     ],
     "commands: they call what the tour reaches": ["commands.*"],
