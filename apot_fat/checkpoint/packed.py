@@ -37,7 +37,7 @@ def save_packed(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> int:
-    """Write a network to a packed file, atomically.
+    """Write a network to a packed file, atomically; the same network gives the same bytes.
 
     Args:
         model: any network with quantized layers; what else it holds stays float.

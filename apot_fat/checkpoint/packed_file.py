@@ -27,7 +27,7 @@ _MAX_INDEX_BYTES = 1 << 26
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], left: Mapping[str, Tensor], index: Mapping[str, Any]
 ) -> int:
-    """Write a file, atomically; its size in bytes.
+    """Write a file, atomically, the same bytes for the same content; its size in bytes.
 
     Args:
         tensors: each with a place of its own in the file.
@@ -35,7 +35,7 @@ def write_tensors(
         index: JSON values that describe them, ``layers`` among them; ``floats`` is added, the shapes of what lies so.
     """
     with needed_for(_PURPOSE):
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     floats = {name: tensor for name, tensor in left.items() if tensor.dtype == torch.float32}
     own = {**tensors, **{name: tensor.contiguous() for name, tensor in left.items() if name not in floats}}
     own[_FLOATS] = torch.cat([torch.empty(0), *(tensor.flatten() for tensor in floats.values())])
@@ -43,9 +43,13 @@ def write_tensors(
     text = json.dumps({"layers": index["layers"], "floats": shapes, **index}, separators=(",", ":"))
     packed = base64.b85encode(zlib.compress(text.encode(), 9)).decode()
     metadata = {"format": FORMAT, "version": str(VERSION), "index": packed}
-    with atomic_write(path) as temporary:
-        save_file({name: tensor.cpu() for name, tensor in own.items()}, temporary, metadata)
-        return temporary.stat().st_size
+    data = save({name: tensor.cpu() for name, tensor in own.items()}, metadata)
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start]) | {"__metadata__": metadata}  # which it writes in an order drawn anew
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
+    head = text.encode() + b" " * (-len(text.encode()) % 8)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        return file.write(len(head).to_bytes(8, "little")) + file.write(head) + file.write(memoryview(data)[start:])
 
 
 def read_tensors(path: Path, *, whole: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -48,6 +48,8 @@ def test_a_packed_network_computes_the_same_to_the_bit(name: str, bits: int, tmp
     torch.testing.assert_close(logits(loaded, x), expected, atol=0, rtol=0)
     save_packed(loaded, tmp_path / "again.safetensors")
     torch.testing.assert_close(logits(load_packed(tmp_path / "again.safetensors"), x), expected, atol=0, rtol=0)
+    save_packed(loaded, tmp_path / "third.safetensors")
+    assert (tmp_path / "third.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
     loaded.train()(x).sum().backward()
 
 
