@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.lib.format import read_array, read_array_header_1_0, read_array_header_2_0, read_magic
 from torch import Tensor
-from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from apot_fat.data.decoding import IMAGE_SUFFIXES, UnreadableImageError, UnreadableImages, read_image
@@ -367,7 +367,9 @@ def _decode_all(files: FileSet, path: Path, image_size: int | None, on_damaged: 
     return images if whole_N.all() else images.subset(whole_N)
 
 
-def _fit_to(size: int) -> v2.Transform:
+def _fit_to(size: int) -> Callable[[Any], Any]:
+    from torchvision.transforms import v2  # seconds, which most commands need not wait
+
     return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
 

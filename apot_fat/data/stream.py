@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
-from torchvision.transforms import v2
 
 from apot_fat.data.decoding import UnreadableImageError, UnreadableImages, read_image
 from apot_fat.data.images import FILE_SIZE, FileSet, normalize
@@ -129,8 +129,10 @@ def _shorter_side(image_size: int) -> int:
     return round(image_size * 256 / 224)
 
 
-def image_transform(image_size: int, crop: str | None, flip: bool) -> v2.Transform:
+def image_transform(image_size: int, crop: str | None, flip: bool) -> Callable[[Any], Tensor]:
     """PIL image → uint8 (3, S, S): the published ImageNet augmentations, or with None the centre crop of evaluation."""
+    from torchvision.transforms import v2
+
     resize = v2.Resize(_shorter_side(image_size), antialias=True)
     if crop is None:
         steps = [resize, v2.CenterCrop(image_size)]
@@ -165,7 +167,7 @@ class _DecodedFiles(TorchDataset[tuple[Tensor | None, int, str]]):
     An item is (image, label, ""), or (None, label, what is wrong with the file).
     """
 
-    def __init__(self, files: FileSet, transform: v2.Transform, image_size: int, seed: int) -> None:
+    def __init__(self, files: FileSet, transform: Callable[[Any], Tensor], image_size: int, seed: int) -> None:
         self.files, self.transform, self.seed = files, transform, seed
         self.shorter_side = _shorter_side(image_size)
 

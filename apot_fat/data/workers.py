@@ -20,6 +20,7 @@ def start_fork_server() -> None:
     Ctrl-C reaches the whole process group, and workers must go on until the run has saved. The server gets the signals
     blocked, and the workers from it: they are deaf to them from their first moment, seconds before ``begin_worker``.
     """
+    forkserver.set_forkserver_preload(["__main__", "apot_fat.data.stream", "torchvision.transforms.v2"])  # once for all
     resource_tracker.ensure_running()  # starting it would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING_A_RUN)
     try:

@@ -11,7 +11,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from tqdm.auto import tqdm
 
 from apot_fat.quant import seam
@@ -125,8 +124,8 @@ class _CompiledNetwork(nn.Module):
         try:
             with self._announced(x), seam.speed.kept_weights(self.model):
                 return cast(Tensor, self.graph(x))
-        except TorchDynamoException as error:
-            if not self.may_fall_back:
+        except Exception as error:
+            if not (self.may_fall_back and isinstance(error, torch._dynamo.exc.TorchDynamoException)):
                 raise
             log.warning("the network is not compiled, its quantizers alone are (%s)", one_line(error)[:200])
             self.cuda_graphs, self.graph = False, self.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from apot_fat.checkpoint import read_checkpoint
+from apot_fat.data import Dataset, ImageSet
 from apot_fat.quant.convert import Reconstruction
 from apot_fat.training import TrainConfig, train
 from apot_fat.training.build import load_config_dataset, unlabelled_images
@@ -40,6 +42,16 @@ def fp32(tmp_path_factory: pytest.TempPathFactory) -> RunSummary:
     return train(TrainConfig(bit=32, epochs=5, **DIGITS, output=output))
 
 
+@pytest.fixture(scope="module")
+def few() -> Dataset:
+    """Every fifth of the digits."""
+    whole = load_config_dataset(TrainConfig())
+    assert isinstance(whole.train, ImageSet)
+    assert isinstance(whole.test, ImageSet)
+    train, test = (images.subset(torch.arange(len(images)) % 5 == 0) for images in (whole.train, whole.test))
+    return replace(whole, train=train, test=test)
+
+
 def config(source: RunSummary, output: Path, **values: Any) -> TrainConfig:
     settings = {**DIGITS, "bit": 3, "threshold_init": "mse", "init": str(source.folder / BEST)}
     return TrainConfig(**{**settings, "output": str(output), **values})
@@ -64,12 +76,16 @@ def test_a_stage_begins_from_one_of_other_bits(fp32: RunSummary, tmp_path: Path)
     assert three.best > fp32.best - 6
 
 
-def test_it_is_not_begun_twice_and_goes_on_to_the_same_bits(fp32: RunSummary, tmp_path: Path) -> None:
+def test_it_is_not_begun_twice_and_goes_on_to_the_same_bits(
+    fp32: RunSummary, few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_steps = Reconstruction(steps=3, joint_steps=4)
+    monkeypatch.setattr("apot_fat.training.start.Reconstruction", lambda seed: replace(few_steps, seed=seed))
     states = []
     for name, epochs in (("whole", (2,)), ("resumed", (1, 2))):
         for count in epochs:
             values = {"reconstruct": 64, "epochs": count, "lr": 0.01, "schedule": "step"}
-            run = train(config(fp32, tmp_path / name, **values), resume="auto")
+            run = train(config(fp32, tmp_path / name, **values), resume="auto", dataset=few)
         states.append(read_checkpoint(run.folder / LAST)["state_dict"])
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
@@ -118,11 +134,11 @@ def test_what_cannot_be_is_said(fp32: RunSummary, tmp_path: Path) -> None:
     assert train(config(fp32, tmp_path, bit=32, epochs=1, reconstruct=64)).bits == 32  # nothing to tune
 
 
-def test_filters_are_balanced_before_a_start(fp32: RunSummary, tmp_path: Path) -> None:
+def test_filters_are_balanced_before_a_start(fp32: RunSummary, few: Dataset, tmp_path: Path) -> None:
     teacher = {"teacher": str(fp32.folder / BEST), "distill_weight": 1.0, "distill_temperature": 16.0}
 
     def distance(name: str, **values: Any) -> float:
-        run = train(config(fp32, tmp_path / name, **STILL, **teacher, **values))
+        run = train(config(fp32, tmp_path / name, **STILL, **teacher, **values), dataset=few)
         return float(read_checkpoint(run.folder / LAST)["history"][0]["train_loss"])
 
     balanced = {"balance_filters": True}
