@@ -25,7 +25,7 @@ from apot_fat.export.int8 import best_range, write_integers
 from apot_fat.optional import needed_for
 from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.convert import fold_weight
-from apot_fat.quant.input_shape import run_on_zeros, split_batch
+from apot_fat.quant.input_shape import run_on, split_batch, zeros_for
 from apot_fat.quant.integers import Integers, integer_weight
 from apot_fat.quant.layers import AnyQuantized
 
@@ -118,7 +118,7 @@ def export_onnx(
     if not x.isfinite().all():
         raise ValueError("verify_with: holds NaN or infinity; give inputs that the network is for")
     reference = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    run_on_zeros(reference, (1, *one))
+    run_on(reference, zeros_for(reference, (1, *one)))
     graph, layers, rescalings = _trace(reference, one, float(x.abs().max()) if mode == "float" else None)
     projections = [projection for _, projection in layers]
     file, integer_convs = write_floats(graph, projections, rescalings), 0

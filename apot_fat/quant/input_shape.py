@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _BATCHED = 4
 
@@ -30,17 +30,22 @@ def split_batch(input_shape: Sequence[int], *, images: bool = False) -> tuple[in
     return (shape[0], shape[1:]) if len(shape) == _BATCHED else (1, shape)
 
 
+def zeros_for(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Zeros of a shape, batch included, of a network's own type and on its device."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
 @torch.no_grad()
-def run_on_zeros(model: nn.Module, shape: tuple[int, ...]) -> None:
-    """Run a network on zeros of a shape, batch included, in its own type and on its device.
+def run_on(model: nn.Module, x: Tensor) -> None:
+    """Run a network on an input.
 
     Raises:
-        ValueError: it refuses them.
+        ValueError: it refuses it.
     """
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     try:
-        model(torch.zeros(shape, dtype=like.dtype, device=like.device))
+        model(x)
     except (RuntimeError, ValueError, IndexError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        network = type(model).__name__
+        shape, network = tuple(x.shape), type(model).__name__
         raise ValueError(f"input_shape {shape}: {network} refuses it ({reason}); give that of its images") from error

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apot_fat.quant.input_shape import run_on_zeros, split_batch
+from apot_fat.quant.input_shape import run_on, split_batch, zeros_for
 from apot_fat.quant.integers import integer_weight, shift_terms
 from apot_fat.quant.layers import AnyQuantized
 from apot_fat.quant.spec import FLOAT_BITS
@@ -70,7 +70,7 @@ class CostReport:
     """What a network costs for one input, layer by layer.
 
     Args:
-        input_shape: (N, C, H, W).
+        input_shape: (N, C, H, W), or that of the tensor given.
         rows: one a convolution or linear layer, in the order of definition; last the others.
     """
 
@@ -108,15 +108,16 @@ class CostReport:
         return json.dumps({"input_shape": self.input_shape, "layers": layers, "total": asdict(self.total)}, indent=2)
 
 
-def cost_report(model: nn.Module, input_shape: Sequence[int]) -> CostReport:
+def cost_report(model: nn.Module, input_shape: Sequence[int] | Tensor) -> CostReport:
     """What a network costs to store and to run on an input.
 
     Every ``nn.Conv2d`` and ``nn.Linear`` counts, quantized or not; of normalisation, activations and pooling only the
-    parameters and statistics do. Sizes are found by one forward of a copy on zeros.
+    parameters and statistics do. Sizes are found by one forward of a copy, on zeros or the tensor given.
 
     Args:
         model: any network; left as it is.
-        input_shape: (C, H, W) of one image, or (N, C, H, W): then operations are those of N images.
+        input_shape: (C, H, W) of one image, or (N, C, H, W): then operations are those of N images. Of a network that
+            takes something else, such as tokens, the tensor that it takes.
 
     Raises:
         ValueError: another shape, or one that the network refuses.
@@ -126,24 +127,27 @@ def cost_report(model: nn.Module, input_shape: Sequence[int]) -> CostReport:
     >>> cost_report(layer, (2, 4, 4)).total.macs  # 3 channels at 2 × 2 positions, 2 · 3 · 3 weights each
     216
     """
-    count, one = split_batch(input_shape, images=True)
-    shape = (count, *one)
     model = copy.deepcopy(model).eval()
-    positions = _output_positions(model, shape)
+    if isinstance(input_shape, Tensor):
+        x = input_shape
+    else:
+        count, one = split_batch(input_shape, images=True)
+        x = zeros_for(model, (count, *one))
+    positions = _output_positions(model, x)
     seen: set[int] = set()
     rows = [_layer_cost(name, layer, positions[name], seen) for name, layer in _layers(model)]
     rest = _sizes(model.parameters(), seen), _sizes((b for b in model.buffers() if b.is_floating_point()), seen)
     size = sum(rest) * FLOAT_BYTES
     others = LayerCost(OTHERS, "", None, None, rest[0], size, size, 0, 0, 0, 0)
-    return CostReport(shape, (*rows, others))
+    return CostReport(tuple(x.shape), (*rows, others))
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
 
 
-def _output_positions(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
-    # of each layer: output positions of all images and calls
+def _output_positions(model: nn.Module, x: Tensor) -> dict[str, int]:
+    # of each layer: output positions of all inputs and calls
     positions = {name: 0 for name, _ in _layers(model)}
 
     def counter(name: str, outputs: int) -> Callable[[Any, Any, Tensor], None]:
@@ -154,7 +158,7 @@ def _output_positions(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int
 
     for name, layer in _layers(model):
         layer.register_forward_hook(counter(name, layer.weight.shape[0]))
-    run_on_zeros(model, shape)
+    run_on(model, x)
     return positions
 
 

@@ -141,3 +141,16 @@ def test_shapes_that_are_none(shape: tuple[int, ...]) -> None:
 def test_shapes_the_network_refuses() -> None:
     with pytest.raises(ValueError, match=r"input_shape \(1, 1, 32, 32\): CifarResNet refuses it \(.*channels"):
         cost_report(create_model("resnet20", bits=3), (1, 32, 32))
+
+
+def test_a_network_of_tokens_is_given_some() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=12, batch_first=True)
+    net = nn.Sequential(nn.Embedding(20, 8), layer, nn.Flatten(), nn.Linear(5 * 8, 3)).eval()
+    report = cost_report(net, torch.zeros(2, 5, dtype=torch.int64))
+    assert report.input_shape == (2, 5)
+    macs = {row.name: row.macs for row in report.rows}
+    assert macs["1.linear1"] == macs["1.linear2"] == 2 * 5 * 8 * 12
+    assert macs["3"] == 2 * 5 * 8 * 3
+    with pytest.raises(ValueError, match=r"input_shape \(2, 4\): Sequential refuses it"):
+        cost_report(net, torch.zeros(2, 4, dtype=torch.int64))
