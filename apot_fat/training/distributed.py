@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -78,6 +79,8 @@ def process_group(processes: Processes, device: torch.device, timeout_s: float) 
     if not processes.is_distributed or dist.is_initialized():
         yield
         return
+    for name in ("fsdp", "nn.functional"):  # imported later, their functions would keep the group as a default
+        import_module(f"torch.distributed.{name}")
     timeout = timedelta(seconds=timeout_s)
     try:
         if device.type == "cuda":
