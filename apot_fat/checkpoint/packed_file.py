@@ -46,14 +46,14 @@ def write_tensors(
     data = save({name: tensor.cpu() for name, tensor in own.items()}, metadata)
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start]) | {"__metadata__": metadata}  # which it writes in an order drawn anew
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
-    head = text.encode() + b" " * (-len(text.encode()) % 8)
+    head = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         return file.write(len(head).to_bytes(8, "little")) + file.write(head) + file.write(memoryview(data)[start:])
 
 
 def read_tensors(path: Path, *, whole: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, ``take_floats`` among them, and its index; without ``whole`` the index alone.
+    """The tensors of a file, with what ``take_floats`` takes, and its index; without ``whole`` the index alone.
 
     Raises:
         ValueError: no such file, or no packed file, or a damaged one.

@@ -128,7 +128,7 @@ def check_fit(where: str, model: nn.Module, plans: Mapping[str, LayerPlan], stat
     for name in (*expected, *given):
         if expected.get(name) != given.get(name):
             raise ValueError(f"{where}: {name!r} is {_shape(given, name)}, in the network {_shape(expected, name)}")
-        check_type(name, state[name], unique[name].dtype, f"{where}")
+        check_type(name, state[name], unique[name].dtype, where)
     for name, plan in plans.items():
         shapes = parameter_shapes(plan.spec, plan.shape[0], plan.shape[1] * getattr(modules[name], "groups", 1))
         for kind in THRESHOLDS:
@@ -136,7 +136,7 @@ def check_fit(where: str, model: nn.Module, plans: Mapping[str, LayerPlan], stat
             if (kind in shapes) != (key in state):
                 raise ValueError(f"{where}: {key} is {'missing' if kind in shapes else 'left over'}")
             if kind in shapes:
-                check_type(key, state[key], torch.float32, f"{where}")
+                check_type(key, state[key], torch.float32, where)
                 if state[key].shape != shapes[kind]:
                     raise ValueError(f"{where}: {key} is not of shape {shapes[kind]}")
 

@@ -127,12 +127,12 @@ def cost_report(model: nn.Module, input_shape: Sequence[int] | Tensor) -> CostRe
     >>> cost_report(layer, (2, 4, 4)).total.macs  # 3 channels at 2 × 2 positions, 2 · 3 · 3 weights each
     216
     """
-    model = copy.deepcopy(model).eval()
     if isinstance(input_shape, Tensor):
         x = input_shape
     else:
         count, one = split_batch(input_shape, images=True)
         x = zeros_for(model, (count, *one))
+    model = copy.deepcopy(model).eval()
     positions = _output_positions(model, x)
     seen: set[int] = set()
     rows = [_layer_cost(name, layer, positions[name], seen) for name, layer in _layers(model)]
