@@ -29,7 +29,7 @@ def chain(folder: Path, data: tuple[Path, Path], epochs: int) -> list[float]:
     """The last loss of each stage of a chain that learns from its first."""
     recipe = folder.parent / "recipe.toml"
     recipe.write_text(
-        'arch = "resnet20"\nbatch_size = 16\ncrop_padding = 1\nlr = 0.01\nchain = [32, 4]\n'
+        'arch = "vgg_tiny"\nbatch_size = 16\ncrop_padding = 1\nlr = 0.01\nchain = [32, 4]\n'
         "[bits.4]\nteacher = 'fp32'\ndistill_weight = 0.5\n"
     )
     given = {"data": str(data[0]), "test_data": str(data[1]), "output": str(folder), "epochs": epochs}
@@ -41,15 +41,15 @@ def chain(folder: Path, data: tuple[Path, Path], epochs: int) -> list[float]:
 def test_a_moved_chain_with_moved_images_is_finished_or_goes_on(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
     whole = chain(tmp_path / "whole", tiny_npz, 2)
     chain(tmp_path / "one", tiny_npz, 2)
-    four = tmp_path / "one/resnet20_4bit" / LAST
+    four = tmp_path / "one/vgg_tiny_4bit" / LAST
     content = read_checkpoint(four)
     shutil.move(tmp_path / "one", tmp_path / "two")
     moved = [Path(shutil.copy(path, tmp_path / f"moved_{path.name}")) for path in tiny_npz]
     assert chain(tmp_path / "two", (moved[0], moved[1]), 2) == whole  # finished: skipped
     parts = tmp_path / "parts"
-    shutil.copytree(tmp_path / "two/resnet20_32bit", parts / "resnet20_32bit")
+    shutil.copytree(tmp_path / "two/vgg_tiny_32bit", parts / "vgg_tiny_32bit")
     config = TrainConfig.from_dict(content["config"] | {"output": str(parts), "epochs": 1})
-    train(TrainConfig.from_dict(config.to_dict() | {"init": str(tmp_path / "two/resnet20_32bit/model_best.pth.tar")}))
+    train(TrainConfig.from_dict(config.to_dict() | {"init": str(tmp_path / "two/vgg_tiny_32bit/model_best.pth.tar")}))
     assert chain(parts, (moved[0], moved[1]), 2)[1] == whole[1]
 
 
@@ -58,20 +58,12 @@ def short(tiny_npz: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
     """A run of an epoch that learns from a teacher and starts from it."""
     for name, seed in (("teacher", 0), ("other", 1)):
         torch.manual_seed(seed)
-        model = create_model("resnet20", bits=32, num_classes=3)
+        model = create_model("vgg_tiny", bits=32, num_classes=3)
         write_checkpoint({"state_dict": model.state_dict()}, tmp_path / f"{name}.pth")
     teacher = str(tmp_path / "teacher.pth")
     given: dict[str, Any] = {"data": str(tiny_npz[0]), "test_data": str(tiny_npz[1]), "output": str(tmp_path / "out")}
-    given |= {
-        "epochs": 1,
-        "bit": 4,
-        "batch_size": 16,
-        "crop_padding": 1,
-        "lr": 0.01,
-        "init": teacher,
-        "teacher": teacher,
-    }
-    given |= {"distill_weight": 0.5}
+    given |= {"arch": "vgg_tiny", "epochs": 1, "bit": 4, "batch_size": 16, "crop_padding": 1, "lr": 0.01}
+    given |= {"init": teacher, "teacher": teacher, "distill_weight": 0.5}
     train(TrainConfig(**given))
     return {**given, "epochs": 2}
 
@@ -83,7 +75,7 @@ def test_other_content_is_not_the_same_run(
         images, labels = arrays["images"], arrays["labels"]
     other = str(tmp_path / "other.npz")
     np.savez(other, images=images ^ 1, labels=labels)
-    before = (tmp_path / "out/resnet20_4bit" / LAST).read_bytes()
+    before = (tmp_path / "out/vgg_tiny_4bit" / LAST).read_bytes()
     for name, value in (
         ("data", other),
         ("teacher", str(tmp_path / "other.pth")),
@@ -96,7 +88,7 @@ def test_other_content_is_not_the_same_run(
     shutil.copy(other, short["data"])  # at the same place
     with pytest.raises(ValueError, match="does not hold what the run began with"):
         train(TrainConfig(**short), resume="auto")
-    assert (tmp_path / "out/resnet20_4bit" / LAST).read_bytes() == before
+    assert (tmp_path / "out/vgg_tiny_4bit" / LAST).read_bytes() == before
     np.savez(short["data"], images=images, labels=labels)
     start = str(tmp_path / "start.pth")
     shutil.copy(short["init"], start)
@@ -117,8 +109,8 @@ def test_a_moved_folder_of_images_is_the_same_and_one_with_another_image_is_not(
             (tmp_path / "a" / part / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
             pixels = np.full((8, 8, 3), 40 * number, np.uint8)
             Image.fromarray(pixels).save(tmp_path / "a" / part / f"class{number % 2}" / f"{number}.png")
-    given: dict[str, Any] = {"bit": 32, "batch_size": 3, "crop_padding": 1, "lr": 0.01, "loader": loader, "workers": 0}
-    given |= {"image_size": 8, "output": str(tmp_path / "out")}
+    given: dict[str, Any] = {"arch": "vgg_tiny", "bit": 32, "batch_size": 3, "crop_padding": 1, "lr": 0.01}
+    given |= {"loader": loader, "workers": 0, "image_size": 8, "output": str(tmp_path / "out")}
     train(TrainConfig(**given, data=str(tmp_path / "a"), epochs=1))
     shutil.move(tmp_path / "a", tmp_path / "b")
     train(TrainConfig(**given, data=str(tmp_path / "b"), epochs=2), resume="auto")
@@ -129,7 +121,7 @@ def test_a_moved_folder_of_images_is_the_same_and_one_with_another_image_is_not(
 
 
 def test_a_checkpoint_of_before_names_its_places(short: dict[str, Any], tmp_path: Path) -> None:
-    last = tmp_path / "out/resnet20_4bit" / LAST
+    last = tmp_path / "out/vgg_tiny_4bit" / LAST
     content = read_checkpoint(last)
     del content["sources"]
     write_checkpoint(content, last)
@@ -141,7 +133,7 @@ def test_a_checkpoint_of_before_names_its_places(short: dict[str, Any], tmp_path
 
 def one(tiny_npz: tuple[Path, Path], output: Path, **values: Any) -> TrainConfig:
     given: dict[str, Any] = {"data": str(tiny_npz[0]), "test_data": str(tiny_npz[1]), "output": str(output)}
-    given |= {"bit": 4, "batch_size": 16, "crop_padding": 1, "lr": 0.01, "schedule": "cosine"}
+    given |= {"arch": "vgg_tiny", "bit": 4, "batch_size": 16, "crop_padding": 1, "lr": 0.01, "schedule": "cosine"}
     return TrainConfig(**{**given, **values})
 
 
@@ -151,7 +143,7 @@ def test_a_finished_cosine_goes_on_and_says_so_and_an_unfinished_one_keeps_its_e
     train(one(tiny_npz, tmp_path, epochs=1))
     assert train(one(tiny_npz, tmp_path, epochs=2), resume="auto").epochs == 2
     assert "cosine schedule depends on: goes on as one of 2 would from here" in caplog.text
-    last = tmp_path / "resnet20_4bit" / LAST
+    last = tmp_path / "vgg_tiny_4bit" / LAST
     content = read_checkpoint(last)
     rates = content["history"][1]["lr"]  # of the last of six steps
     assert rates["weights"] == pytest.approx(0.01 * (1 + math.cos(math.pi * 5 / 6)) / 2)
@@ -162,10 +154,10 @@ def test_a_finished_cosine_goes_on_and_says_so_and_an_unfinished_one_keeps_its_e
 
 
 def test_a_folder_with_what_is_no_run_of_its_own_is_left_alone(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "resnet20_4bit"
+    folder = tmp_path / "vgg_tiny_4bit"
     folder.mkdir()
     lone = folder / BEST
-    write_checkpoint({"state_dict": create_model("resnet20", bits=4).state_dict()}, lone)
+    write_checkpoint({"state_dict": create_model("vgg_tiny", bits=4).state_dict()}, lone)
     before = lone.read_bytes()
     for resume in (None, "auto"):
         with pytest.raises(ValueError, match="of no run in this folder; move it, or name another --output"):
@@ -188,7 +180,7 @@ def test_a_folder_with_what_is_no_run_of_its_own_is_left_alone(tiny_npz: tuple[P
 def test_a_damaged_checkpoint_does_not_push_out_the_sound_one(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
     config = one(tiny_npz, tmp_path, epochs=2)
     train(config)
-    last = tmp_path / "resnet20_4bit" / LAST
+    last = tmp_path / "vgg_tiny_4bit" / LAST
     last.write_bytes(last.read_bytes()[:-100])
     train(config, resume="auto")
     assert read_checkpoint(last)["epoch"] == 2
@@ -204,9 +196,9 @@ def test_a_teacher_written_again_with_the_same_weights_is_the_same(short: dict[s
 def test_a_run_is_not_brought_over_one_that_it_does_not_go_on_from(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
     options: dict[str, Any] = {"schedule": "step", "compile": "off"}
     train(one(tiny_npz, tmp_path / "a", epochs=1, **options))
-    early = Path(shutil.copytree(tmp_path / "a/resnet20_4bit", tmp_path / "early")) / LAST
+    early = Path(shutil.copytree(tmp_path / "a/vgg_tiny_4bit", tmp_path / "early")) / LAST
     train(one(tiny_npz, tmp_path / "a", epochs=3, **options), resume="auto")
-    last = tmp_path / "a/resnet20_4bit" / LAST
+    last = tmp_path / "a/vgg_tiny_4bit" / LAST
     before = last.read_bytes()
     with pytest.raises(ValueError, match=r"holds 3 epochs of a run that .*early.*, with 1, does not go on"):
         train(one(tiny_npz, tmp_path / "a", epochs=2, **options), resume=str(early))
@@ -215,14 +207,14 @@ def test_a_run_is_not_brought_over_one_that_it_does_not_go_on_from(tiny_npz: tup
     with pytest.raises(ValueError, match="was run with seed = 1, not 0"):
         train(one(tiny_npz, tmp_path / "b", epochs=2, **options), resume=str(early))
     # over the epochs that it holds itself it may come
-    shutil.copytree(early.parent, tmp_path / "c/resnet20_4bit")
+    shutil.copytree(early.parent, tmp_path / "c/vgg_tiny_4bit")
     assert train(one(tiny_npz, tmp_path / "c", epochs=3, **options), resume=str(last)).epochs == 3
 
 
 def test_a_best_checkpoint_alone_is_not_written_over(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
     config = one(tiny_npz, tmp_path, epochs=3, compile="off")
     train(config)
-    folder = tmp_path / "resnet20_4bit"
+    folder = tmp_path / "vgg_tiny_4bit"
     content = read_checkpoint(folder / LAST)
     write_checkpoint(content, folder / BEST)  # whichever it was
     for entry in (entry for entry in folder.iterdir() if entry.name != BEST):
@@ -241,7 +233,7 @@ def test_the_best_checkpoint_comes_along_to_another_folder_or_is_missed(
     run = train(one(tiny_npz, tmp_path / "a", epochs=2, **options))
     again = one(tiny_npz, tmp_path / "b", epochs=2, **options)
     train(again, resume=str(run.folder / LAST))
-    assert (tmp_path / "b/resnet20_4bit" / BEST).read_bytes() == (run.folder / BEST).read_bytes()
+    assert (tmp_path / "b/vgg_tiny_4bit" / BEST).read_bytes() == (run.folder / BEST).read_bytes()
     assert not caplog.messages or "is gone" not in caplog.text
     (run.folder / BEST).unlink()
     train(one(tiny_npz, tmp_path / "a", epochs=2, **options), resume="auto")
@@ -249,7 +241,7 @@ def test_the_best_checkpoint_comes_along_to_another_folder_or_is_missed(
 
 
 def test_two_processes_do_not_train_in_one_folder(tiny_npz: tuple[Path, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "resnet20_4bit"
+    folder = tmp_path / "vgg_tiny_4bit"
     folder.mkdir()
     other = os.open(folder, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)

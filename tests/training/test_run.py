@@ -27,7 +27,7 @@ from apot_fat.training.network import create_network
 
 def tiny(tiny_npz: tuple[Path, Path], output: Path, **values: Any) -> TrainConfig:
     train_path, test_path = tiny_npz
-    settings = {"arch": "resnet20", "bit": 4, "epochs": 3, "batch_size": 16, "lr": 0.05, "crop_padding": 1}
+    settings = {"arch": "vgg_tiny", "bit": 4, "epochs": 3, "batch_size": 16, "lr": 0.05, "crop_padding": 1}
     settings |= {"data": str(train_path), "test_data": str(test_path), "output": str(output), "histogram_every": 2}
     return TrainConfig(**{**settings, **values})
 
@@ -73,8 +73,8 @@ def test_an_epoch_is_saved_before_it_is_drawn_and_no_drawing_ends_a_run(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def broken(*_: Any) -> None:
-        rows = (tmp_path / "resnet20_4bit" / METRICS).read_text().splitlines()
-        assert what == "__init__" or (len(rows) == 1 and (tmp_path / "resnet20_4bit" / LAST).exists())
+        rows = (tmp_path / "vgg_tiny_4bit" / METRICS).read_text().splitlines()
+        assert what == "__init__" or (len(rows) == 1 and (tmp_path / "vgg_tiny_4bit" / LAST).exists())
         raise RuntimeError("Expected all tensors to be on the same device")
 
     monkeypatch.setattr(f"apot_fat.training.board.Board.{what}", broken)
@@ -111,7 +111,7 @@ def test_a_run_ended_between_saving_and_drawing_draws_when_it_goes_on(
         board = EventAccumulator(str(tmp_path / name / config.run_name)).Reload()
         curves.append({tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]})
     assert curves[0] == curves[1]
-    assert [step for step, _ in curves[0]["weight_sqnr_db/layer1.0.conv1"]] == [0, 2]
+    assert [step for step, _ in curves[0]["weight_sqnr_db/features.conv1"]] == [0, 2]
 
 
 def _killed(*_: Any) -> None:
@@ -163,12 +163,12 @@ def test_a_checkpoint_says_what_it_was_computed_with(
 def test_an_odd_layer_is_warned_about_once(
     tiny_npz: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    content = {"state_dict": create_model("resnet20", bits=4, num_classes=3).state_dict()}
-    content["state_dict"]["layer1.0.conv1.weight_alpha"].fill_(-1.0)
+    content = {"state_dict": create_model("vgg_tiny", bits=4, num_classes=3).state_dict()}
+    content["state_dict"]["features.conv1.weight_alpha"].fill_(-1.0)
     start = tmp_path / "negative.pth"
     write_checkpoint(content, start)
     summary = train(tiny(tiny_npz, tmp_path, epochs=2, lr=1e-9, weight_alpha_lr=1e-9, init=str(start)))
-    assert caplog.text.count("layer1.0.conv1: its weight threshold is at its floor") == 1
+    assert caplog.text.count("features.conv1: its weight threshold is at its floor") == 1
     assert min(summary.thresholds) > 0
 
 
@@ -207,7 +207,7 @@ def test_a_chain_starts_each_stage_from_the_best_before_and_skips_finished_ones(
     tiny_npz: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "recipe.toml"
-    path.write_text('arch = "resnet20"\nepochs = 1\nbatch_size = 16\nchain = [32, 4]\n[bits.4]\nlr = 0.02\n')
+    path.write_text('arch = "vgg_tiny"\nepochs = 1\nbatch_size = 16\nchain = [32, 4]\n[bits.4]\nlr = 0.02\n')
     given = {"data": str(tiny_npz[0]), "test_data": str(tiny_npz[1]), "output": str(tmp_path / "out")}
     recipe = read_recipe(path)
     full, four = train_chain(recipe, recipe.chain, given)
