@@ -27,8 +27,10 @@ def make(tiny_npz: tuple[Path, Path], tmp_path: Path) -> Any:
     """Configs of a run of two epochs of three steps."""
 
     def config(**values: Any) -> TrainConfig:
-        settings: dict[str, Any] = {"bit": 4, "epochs": 2, "batch_size": 16, "lr": 0.05, "crop_padding": 1}
+        settings: dict[str, Any] = {"arch": "vgg_tiny", "bit": 4, "epochs": 2, "batch_size": 16}
         settings |= {
+            "lr": 0.05,
+            "crop_padding": 1,
             "histogram_every": 0,
             "data": str(tiny_npz[0]),
             "test_data": str(tiny_npz[1]),
@@ -44,14 +46,14 @@ def thresholds(state: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def test_thresholds_are_fitted_on_the_first_batch_of_a_fresh_run(make: Any, tmp_path: Path) -> None:
-    model = create_model("resnet20", bits=4, num_classes=3)
+    model = create_model("vgg_tiny", bits=4, num_classes=3)
     for _, layer in threshold_layers(model):
         layer.weight_alpha.data.fill_(7.0)  # type: ignore[union-attr]
     source = tmp_path / "source.pth"
     write_checkpoint({"state_dict": model.state_dict()}, source)
     frozen = {"act_alpha_lr": 1e-30, "weight_alpha_lr": 1e-30, "lr": 1e-30, "init": str(source)}
     carried = train(make(**frozen, epochs=1, output=str(tmp_path / "carried")))
-    assert thresholds(read_checkpoint(carried.folder / LAST)["state_dict"])["layer1.0.conv1.weight_alpha"] == 7
+    assert thresholds(read_checkpoint(carried.folder / LAST)["state_dict"])["features.conv1.weight_alpha"] == 7
     config = make(**frozen, epochs=1, threshold_init="mse")
     fitted = thresholds(read_checkpoint(train(config).folder / LAST)["state_dict"])
     batches = make_batches(config, load_config_dataset(config).train, CPU, training=True)  # type: ignore[arg-type]
@@ -70,9 +72,9 @@ def test_the_teacher_is_the_network_its_checkpoint_says(
         with pytest.raises(ValueError, match=r"distill_weight 0\.5: name the network to distil from with --teacher"):
             make(distill_weight=0.5, teacher=none)
     with pytest.raises(ValueError, match=r"resnet20_32bit/model_best\.pth\.tar: no such file"):
-        make_objective(make(distill_weight=0.5, teacher="fp32"), 3, CPU)
+        make_objective(make(arch="resnet20", distill_weight=0.5, teacher="fp32"), 3, CPU)
     recorded = train(make(arch="resnet_20", bit=32, epochs=1)).folder / BEST
-    student = make(distill_weight=0.5, teacher=str(recorded))
+    student = make(arch="resnet20", distill_weight=0.5, teacher=str(recorded))
     teacher = load_teacher(student, str(recorded), 3, CPU)
     assert not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
@@ -96,7 +98,7 @@ def test_the_teacher_answers_in_bfloat16_where_that_is_fast(
     fast: bool, make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("apot_fat.training.teacher.has_fast_bfloat16", lambda device: fast)
-    model = create_model("resnet20", bits=32, num_classes=3).eval()
+    model = create_model("vgg_tiny", bits=32, num_classes=3).eval()
     write_checkpoint({"state_dict": model.state_dict()}, tmp_path / "bare.pth")
     teacher = load_teacher(make(distill_weight=1.0, teacher="x"), str(tmp_path / "bare.pth"), 3, CPU)
     x = torch.randn(8, 3, 8, 8)
@@ -116,27 +118,27 @@ def test_the_average_is_what_is_tested_and_kept(make: Any) -> None:
     assert all(torch.equal(trained[name], value) for name, value in plain["state_dict"].items())  # averaging only looks
     assert all(torch.equal(best["state_dict"][name], value) for name, value in averaged.items())
     changed = [name for name in averaged if not torch.equal(averaged[name], trained[name])]
-    assert "layer1.0.conv1.weight_alpha" in changed
-    assert "layer1.0.conv1.weight" in changed
-    assert last["history"][0]["layers"]["layer1.0.conv1"]["act_alpha"] == averaged["layer1.0.conv1.act_alpha"].item()
+    assert "features.conv1.weight_alpha" in changed
+    assert "features.conv1.weight" in changed
+    assert last["history"][0]["layers"]["features.conv1"]["act_alpha"] == averaged["features.conv1.act_alpha"].item()
     # the tested accuracy is that of the average
-    model = create_model("resnet20", bits=4, num_classes=3)
+    model = create_model("vgg_tiny", bits=4, num_classes=3)
     model.load_state_dict(averaged)
     dataset = load_config_dataset(config)
     assert evaluate(model, make_batches(config, dataset.test, CPU)).loss == last["history"][0]["test_loss"]
     # and its batch norm that of the averaged network over the first two training batches
     batches = make_batches(config, dataset.train, CPU, training=True)  # type: ignore[arg-type]
     seen: list[torch.Tensor] = []
-    handle = model.conv1.register_forward_hook(lambda module, x, y: seen.append(y.detach()))  # type: ignore[union-attr]
+    handle = model.get_submodule("features.conv0").register_forward_hook(lambda module, x, y: seen.append(y.detach()))
     for batch in list(batches)[:2]:
         model(batch.x)
     handle.remove()
     mean = torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)
-    torch.testing.assert_close(averaged["bn1.running_mean"], mean)
+    torch.testing.assert_close(averaged["features.norm0.running_mean"], mean)
 
 
 def test_batch_norm_of_the_last_epoch_is_that_of_the_network_as_it_ended(make: Any, tmp_path: Path) -> None:
-    write_checkpoint({"state_dict": create_model("resnet20", bits=32, num_classes=3).state_dict()}, tmp_path / "t.pth")
+    write_checkpoint({"state_dict": create_model("vgg_tiny", bits=32, num_classes=3).state_dict()}, tmp_path / "t.pth")
     options = {"teacher": str(tmp_path / "t.pth"), "distill_weight": 1.0, "distill_mixup": 1.0}
     content = read_checkpoint(train(make(**options)).folder / LAST)
     config = make(**options, final_bn_batches=7, output=str(tmp_path / "other"))
@@ -148,7 +150,7 @@ def test_batch_norm_of_the_last_epoch_is_that_of_the_network_as_it_ended(make: A
     norms = {name for name in trained if name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
     assert changed == norms
     # as evaluated
-    model = create_model("resnet20", bits=4, num_classes=3)
+    model = create_model("vgg_tiny", bits=4, num_classes=3)
     model.load_state_dict(kept)
     dataset = load_config_dataset(config)
     assert evaluate(model, make_batches(config, dataset.test, CPU)).loss == again["history"][1]["test_loss"]
@@ -160,11 +162,11 @@ def test_batch_norm_of_the_last_epoch_is_that_of_the_network_as_it_ended(make: A
         batches.set_epoch(epoch)
         images += [batch.x for batch in batches]
     torch.set_rng_state(again["rng"][0]["cpu"])
-    outputs = [model.get_submodule("conv1")(mixed(x, 1.0)) for x in images[:7]]
+    outputs = [model.get_submodule("features.conv0")(mixed(x, 1.0)) for x in images[:7]]
     mean = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)
     variance = torch.stack([y.var((0, 2, 3)) for y in outputs]).mean(0)
-    torch.testing.assert_close(kept["bn1.running_mean"], mean)
-    torch.testing.assert_close(kept["bn1.running_var"], variance)
+    torch.testing.assert_close(kept["features.norm0.running_mean"], mean)
+    torch.testing.assert_close(kept["features.norm0.running_var"], variance)
 
 
 def test_the_average_follows_by_its_decay() -> None:
