@@ -80,20 +80,20 @@ def test_training(tmp_path: Path, arch: str, preset: str, amp: str) -> None:
     ],
 )
 def test_training_otherwise(tmp_path: Path, preset: str, values: dict[str, Any]) -> None:
-    compare(lambda device, _: works.training(device, "resnet20", preset, **values), tmp_path)
+    compare(lambda device, _: works.training(device, "vgg_tiny", preset, **values), tmp_path)
 
 
 @pytest.mark.parametrize("preset", ["apot-cifar", "lsq"])  # with bytes for the levels, and without
 def test_training_that_remembers_inputs(tmp_path: Path, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_output, "REMEMBER_ELEMENTS", 0)
-    compare(lambda device, _: works.training(device, "resnet20", preset), tmp_path)
+    compare(lambda device, _: works.training(device, "vgg_tiny", preset), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("arch", "preset", "overrides"),
     [
-        ("resnet20", "fat-cifar", {"weight_per_channel": True}),
-        ("resnet20", "apot-cifar", {}),
+        ("vgg_tiny", "fat-cifar", {"weight_per_channel": True}),
+        ("vgg_tiny", "apot-cifar", {}),
         pytest.param("vgg_small", "apot-imagenet-uniform", {}, marks=slow),
         pytest.param("resnet18", "fat-imagenet", {}, marks=slow),
         pytest.param("mobilenet_v2_x0_35", "fat-imagenet", {}, marks=slow),
