@@ -111,31 +111,31 @@ def test_our_checkpoints_know_their_network_and_data(run: Run, data: tuple[objec
 
 def test_progressive_prints_table_and_figure(run: Run, data: tuple[object, ...], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('arch = "resnet20"\nepochs = 1\nchain = [32, 4, 3]\n')
+    recipe.write_text('arch = "vgg_tiny"\nepochs = 1\nchain = [32, 4, 3]\n')
     code, out, err = run("progressive.py", "--config", recipe, "--bits", "4,3", "--output", "out", *data)
     assert (code, err) == (0, "")
     assert re.search(r"^network +method +bits", out, re.MULTILINE)
     assert Path(out.rsplit("figure: ", 1)[1].strip()).is_file()
-    assert 'init = "out/resnet20_4bit/model_best.pth.tar"' in Path("out/resnet20_3bit/config.toml").read_text()
-    beside = Path("out/resnet20_2bit/checkpoint.pth.tar")  # of a run that has finished no epoch
+    assert 'init = "out/vgg_tiny_4bit/model_best.pth.tar"' in Path("out/vgg_tiny_3bit/config.toml").read_text()
+    beside = Path("out/vgg_tiny_2bit/checkpoint.pth.tar")  # of a run that has finished no epoch
     beside.parent.mkdir()
-    content = read_checkpoint("out/resnet20_3bit/checkpoint.pth.tar")
+    content = read_checkpoint("out/vgg_tiny_3bit/checkpoint.pth.tar")
     write_checkpoint({**content, "history": []}, beside)
     code, out, err = run("progressive.py", "--config", recipe, "--bits", "4,3", "--output", "out", *data)
     assert (code, err) == (0, "")
     assert out.count("finished before, skipped") == 2
-    assert "not in the table: out/resnet20_2bit: the run has finished no epoch yet" in out
-    Path("out/resnet20_4bit/model_best.pth.tar").unlink()  # what is drawn is then of the last epoch
+    assert "not in the table: out/vgg_tiny_2bit: the run has finished no epoch yet" in out
+    Path("out/vgg_tiny_4bit/model_best.pth.tar").unlink()  # what is drawn is then of the last epoch
     code, _, err = run("progressive.py", "--config", recipe, "--bits", "4,3", "--output", "out", *data)
     assert (code, err) == (0, "")
     code, out, err = run("report.py", "out", "--output", "r.html")
     assert (code, err) == (0, "")
-    assert "not in the report: out/resnet20_2bit: the run has finished no epoch yet" in out
+    assert "not in the report: out/vgg_tiny_2bit: the run has finished no epoch yet" in out
 
 
 def test_a_run_folder_stands_for_its_best_checkpoint(run: Run, data: tuple[object, ...]) -> None:
-    assert run("train.py", "--arch", "res20", "--bit", 3, "--epochs", 1, *data)[0] == 0
-    folder, best = Path("result/res20_3bit"), Path("result/res20_3bit/model_best.pth.tar")
+    assert run("train.py", "--arch", "vgg_tiny", "--bit", 3, "--epochs", 1, *data)[0] == 0
+    folder, best = Path("result/vgg_tiny_3bit"), Path("result/vgg_tiny_3bit/model_best.pth.tar")
     said = f"{folder}: its model_best.pth.tar\n"
     for script, options in (
         ("show_params.py", ()),
@@ -158,10 +158,10 @@ def test_a_run_folder_stands_for_its_best_checkpoint(run: Run, data: tuple[objec
 def test_a_packed_file_goes_on_taking_the_images_of_its_run(run: Run, data: tuple[object, ...]) -> None:
     # FAT's networks of the papers were normalised otherwise than this run, and the images lie elsewhere now
     odd = ("--mean", "0.1,0.2,0.3", "--std", "2,2,2")
-    assert run("train.py", "--arch", "res20", "--preset", "fat-cifar", "--bit", 3, "--epochs", 1, *odd, *data)[0] == 0
-    assert run("export.py", "result/res20_3bit", "--to", "packed", "--output", "net.safetensors")[0] == 0
+    assert run("train.py", "--arch", "vgg_tiny", "--preset", "fat-cifar", "--bit", 3, "--epochs", 1, *odd, *data)[0] == 0
+    assert run("export.py", "result/vgg_tiny_3bit", "--to", "packed", "--output", "net.safetensors")[0] == 0
     found = []
-    for source in ("result/res20_3bit", "net.safetensors"):
+    for source in ("result/vgg_tiny_3bit", "net.safetensors"):
         code, out, _ = run("evaluate.py", "--init", source, *data)
         assert code == 0
         found.append(re.findall(r"Loss [\d.]+ \([\d.]+\)|^\d+ of .*", out, re.MULTILINE))

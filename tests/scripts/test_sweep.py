@@ -18,6 +18,7 @@ methods = { apot-cifar = [32, 4], fat-cifar = [32] }
 seeds = [0, 1]
 chain = true
 [base]
+arch = "vgg_tiny"
 epochs = 1
 batch_size = 16
 crop_padding = 1
@@ -51,9 +52,9 @@ def test_a_sweep_runs_what_is_not_finished_and_its_tables_come_from_its_csv(run:
     assert (code, err) == (0, "")
     assert [row["recipe"] for row in results()] == ["ours"] * 3
     assert "results.png" not in out  # no gain over what has not been run
-    four = Path("out/ours/apot-cifar/seed0/resnet20_4bit") / LAST
+    four = Path("out/ours/apot-cifar/seed0/vgg_tiny_4bit") / LAST
     config = read_checkpoint(four)["config"]
-    assert config["init"] == "out/ours/apot-cifar/seed0/resnet20_32bit/model_best.pth.tar"
+    assert config["init"] == "out/ours/apot-cifar/seed0/vgg_tiny_32bit/model_best.pth.tar"
     assert (config["lr"], config["schedule"], config["preset"]) == (0.02, "cosine", "apot-cifar")
     stamp = four.stat().st_mtime_ns
     code, out, err = run(*line, "--seeds", 0)
@@ -87,8 +88,8 @@ def test_what_builds_on_a_diverged_run_is_skipped_and_named(run: Run, data: tupl
         assert "wild apot-cifar 4 bits seed 0 skipped, as it builds on wild apot-cifar 32 bits seed 0" in err
         assert [row["recipe"] for row in results()] == ["ours"] * 2
         assert "| ours |" in out
-    assert Path("out/wild/apot-cifar/seed0/resnet20_32bit").is_dir()
-    assert not Path("out/wild/apot-cifar/seed0/resnet20_4bit").exists()
+    assert Path("out/wild/apot-cifar/seed0/vgg_tiny_32bit").is_dir()
+    assert not Path("out/wild/apot-cifar/seed0/vgg_tiny_4bit").exists()
     code, _, err = run(*line, "--recipes", "wild", "--bits", 4)
     assert code == 2
     assert "starts from wild apot-cifar 32 bits seed 0, which is not finished; run that too" in err
@@ -143,7 +144,7 @@ def test_the_full_sweep_takes_the_recipe_files_and_runs_at_a_tiny_size(run: Run,
         (SWEEP.replace("lr = 0.02", "lr = -1"), "lr -1.0: expected a number above 0"),
         (SWEEP.replace("chain = true", "chain = 3"), "chain 3: expected true or false"),
         (SWEEP.replace("[recipes.published]", "[recipes.theirs]"), "baseline 'published': choose one of theirs, ours"),
-        (SWEEP.replace("[recipes.ours]", '[recipes.ours]\nconfig = "their"'), "no recipe 'their' for resnet20"),
+        (SWEEP.replace("[recipes.ours]", '[recipes.ours]\nconfig = "their"'), "no recipe 'their' for vgg_tiny"),
         (SWEEP.replace('teacher = "fp32"', ""), "name the network to distil from with --teacher"),
     ],
 )
