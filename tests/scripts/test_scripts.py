@@ -157,8 +157,8 @@ def test_a_run_folder_stands_for_its_best_checkpoint(run: Run, data: tuple[objec
 
 def test_a_packed_file_goes_on_taking_the_images_of_its_run(run: Run, data: tuple[object, ...]) -> None:
     # FAT's networks of the papers were normalised otherwise than this run, and the images lie elsewhere now
-    odd = ("--mean", "0.1,0.2,0.3", "--std", "2,2,2")
-    assert run("train.py", "--arch", "vgg_tiny", "--preset", "fat-cifar", "--bit", 3, "--epochs", 1, *odd, *data)[0] == 0
+    line = ("--arch", "vgg_tiny", "--preset", "fat-cifar", "--bit", 3, "--epochs", 1)
+    assert run("train.py", *line, "--mean", "0.1,0.2,0.3", "--std", "2,2,2", *data)[0] == 0
     assert run("export.py", "result/vgg_tiny_3bit", "--to", "packed", "--output", "net.safetensors")[0] == 0
     found = []
     for source in ("result/vgg_tiny_3bit", "net.safetensors"):
