@@ -173,18 +173,18 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 def command_line(output: Path, **options: Any) -> list[object]:
     settings = {"bit": 4, "epochs": 2, "batch_size": 64, "crop_padding": 1, "output": output, **options}
     flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
-    return [ROOT / "scripts/train.py", "--data", "digits", "--arch", "resnet20", *flags]
+    return [ROOT / "scripts/train.py", "--data", "digits", "--arch", "vgg_tiny", *flags]
 
 
 def test_torchrun_trains_a_chain_and_writes_once(tmp_path: Path) -> None:
-    recipe = ROOT / "configs/digits/resnet20_apot.toml"
+    recipe = ROOT / "configs/digits/vggtiny_apot.toml"
     options = ["--bits", "32,4", "--epochs", "1", "--output", tmp_path / "out"]
     done = run(torchrun(2, ROOT / "scripts/progressive.py", "--config", recipe, *options), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("best acc:") == 2
     assert done.stdout.count("2 processes, 64 images a step") == 2
     assert done.stdout.count("figure:") == 1
-    content = read_checkpoint(tmp_path / "out/resnet20_4bit/checkpoint.pth.tar")
+    content = read_checkpoint(tmp_path / "out/vgg_tiny_4bit/checkpoint.pth.tar")
     assert len(content["rng"]) == 2
     assert not torch.equal(*(rng["cpu"] for rng in content["rng"]))  # dropout of its own
     assert not any(name.startswith("module.") for name in content["state_dict"])
@@ -230,7 +230,7 @@ def test_a_signal_to_one_process_ends_all_within_a_few_steps(tmp_path: Path) -> 
     assert "SIGTERM: saved in" in rest
     after = rest[rest.index("SIGTERM: finishing this step") :]
     assert after.count("Epoch: [") <= 2 * CHECK_EVERY
-    positions = read_checkpoint(tmp_path / "out/resnet20_4bit/checkpoint.pth.tar")["positions"]
+    positions = read_checkpoint(tmp_path / "out/vgg_tiny_4bit/checkpoint.pth.tar")["positions"]
     assert {position["batches"] for position in positions} == {positions[0]["batches"]}
     assert len(positions) == 2
 
@@ -246,9 +246,9 @@ def test_the_run_ends_when_a_process_is_killed(tmp_path: Path) -> None:
 
 def test_the_switches_under_two_processes_are_those_of_one(tmp_path: Path, tiny_npz: tuple[Path, Path]) -> None:
     teacher = tmp_path / "teacher.pth"
-    write_checkpoint({"state_dict": create_model("resnet20", bits=32, num_classes=3).state_dict()}, teacher)
+    write_checkpoint({"state_dict": create_model("vgg_tiny", bits=32, num_classes=3).state_dict()}, teacher)
     options: dict[str, Any] = {"data": tiny_npz[0], "test_data": tiny_npz[1], "bit": 4, "epochs": 1, "batch_size": 16}
-    options |= {"crop_padding": 1, "lr": 0.001, "teacher": teacher, "distill_weight": 0.5}
+    options |= {"arch": "vgg_tiny", "crop_padding": 1, "lr": 0.001, "teacher": teacher, "distill_weight": 0.5}
     options |= {"label_smoothing": 0.1, "ema_decay": 0.5, "bn_batches": 2, "final_bn_batches": 4, "compile": "off"}
     options["output"] = tmp_path / "1"
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
@@ -258,12 +258,12 @@ def test_the_switches_under_two_processes_are_those_of_one(tmp_path: Path, tiny_
     assert done.returncode == 0, done.stderr[-3000:]
     states, losses = [], []
     for processes in (1, 2):
-        content = read_checkpoint(tmp_path / f"{processes}/resnet20_4bit/checkpoint.pth.tar")
+        content = read_checkpoint(tmp_path / f"{processes}/vgg_tiny_4bit/checkpoint.pth.tar")
         states.append(content["state_dict"])
         losses.append(content["history"][0]["train_loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
-    for name in ("bn1.running_mean", "bn1.running_var", "conv1.weight", "layer1.0.conv1.act_alpha", "fc.bias"):
-        torch.testing.assert_close(states[1][name], states[0][name], rtol=1e-2, atol=1e-3)
+    for name in ("norm0.running_mean", "norm0.running_var", "conv0.weight", "conv1.act_alpha", "conv3.weight"):
+        torch.testing.assert_close(states[1][f"features.{name}"], states[0][f"features.{name}"], rtol=1e-2, atol=1e-3)
 
 
 def test_no_graph_is_asked_to_hold_sums_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:

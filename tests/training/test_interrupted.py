@@ -271,31 +271,9 @@ def killed_and_resumed(line: list[str], last: Path, draw: random.Random) -> list
 
 
 def kill_runs(cases: int, tiny_npz: tuple[Path, Path], tmp_path: Path, launcher: list[str]) -> None:
-    train_path, test_path = map(str, tiny_npz)
-    base = [
-        *launcher,
-        "scripts/train.py",
-        "--data",
-        train_path,
-        "--test-data",
-        test_path,
-        "--bit",
-        "4",
-        "--epochs",
-        "3",
-    ]
-    base += [
-        "--batch-size",
-        "8",
-        "--crop-padding",
-        "1",
-        "--checkpoint-every",
-        "1",
-        "--compile",
-        "off",
-        "--resume",
-        "auto",
-    ]
+    line = "scripts/train.py --bit 4 --epochs 3 --batch-size 8 --crop-padding 1 --compile off"
+    images = ["--data", str(tiny_npz[0]), "--test-data", str(tiny_npz[1])]
+    base = [*launcher, *line.split(), *images, "--checkpoint-every", "1", "--resume", "auto"]
     subprocess.run([*base, "--output", str(tmp_path / "whole")], check=True, cwd=ROOT, capture_output=True)
     total = 0
     for seed in range(cases):
