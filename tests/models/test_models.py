@@ -13,7 +13,7 @@ SIDES = {"vgg_small": 32, "vgg16": 32}
 
 
 # the deepest are the same blocks again
-DEEP = ("resnet50", "resnet101", "resnet152", "resnet110")
+DEEP = ("resnet34", "resnet50", "resnet101", "resnet152", "resnet110")
 EVERY = [
     pytest.param(name, bits, marks=pytest.mark.slow if name in DEEP and bits != 4 else ())
     for name in list_models()
