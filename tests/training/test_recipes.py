@@ -14,7 +14,7 @@ from apot_fat.training.optim import make_optimizer, make_schedule
 from apot_fat.training.recipe import CONFIG_ROOT, find_recipe
 from apot_fat.training.sweep import read_sweep
 
-SIDES = {"digits": 8, "cifar10": 32, "imagenet": 64}
+SIDES = {"digits": 8, "cifar10": 32, "imagenet": 224}
 
 
 RECIPES = sorted(path for path in CONFIG_ROOT.glob("*/*.toml") if path.parent.name != "sweeps")
@@ -31,7 +31,8 @@ LARGER = ("resnet34", "resnet50", "resnet56")  # the blocks of resnet18 and resn
 def test_every_recipe_trains_two_steps(path: Path) -> None:
     recipe = read_recipe(path)
     config = recipe.config(recipe.chain[-1], {"batch_size": 2})
-    size, classes = SIDES[config.data], 1000 if config.data == "imagenet" else 10
+    classes = 1000 if config.data == "imagenet" else 10
+    size = 64 if config.arch.startswith("resnet") and classes == 1000 else SIDES[config.data]
     images = ImageSet(torch.randint(0, 256, (4, size, size, 3), dtype=torch.uint8), torch.tensor([0, 1, 2, 3]))
     model = create_model(config.arch, config.preset, config.bit, classes)
     dataset = Dataset("synthetic", ("x",) * classes, images, images)
