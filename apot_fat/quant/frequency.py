@@ -27,7 +27,8 @@ def frequency_transform(weight: Tensor, transform_OO: Tensor) -> tuple[Tensor, T
         transform_OO: T, shape (C_out, C_out), the unit of 1 / weight.
 
     Returns:
-        W' in the shape of ``weight``, and the mask S on the half spectrum, shape (C_out, K // 2 + 1), range (0, 1).
+        W' in the shape and memory format of ``weight``, and the mask S on the half spectrum, shape (C_out, K // 2 + 1),
+        range (0, 1).
 
     Computed in float32 under autocast too.
 
@@ -40,7 +41,10 @@ def frequency_transform(weight: Tensor, transform_OO: Tensor) -> tuple[Tensor, T
     w_OK = weight.reshape(weight.shape[0], -1).to(torch.promote_types(weight.dtype, torch.float32))
     with torch.autocast(weight.device.type, enabled=False):  # bfloat16 moves weights to other levels
         restored_OK, mask_OF = _FrequencyTransform.apply(w_OK, transform_OO.to(w_OK.dtype))
-    return restored_OK.reshape(weight.shape).to(weight.dtype), mask_OF
+    restored = restored_OK.reshape(weight.shape).to(weight.dtype)
+    if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        restored = restored.contiguous(memory_format=torch.channels_last)  # a convolution takes its layout from it
+    return restored, mask_OF
 
 
 class _FrequencyTransform(torch.autograd.Function):

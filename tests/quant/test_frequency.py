@@ -31,6 +31,18 @@ def test_half_spectrum_equals_the_full_one_with_gradients(shape: tuple[int, ...]
         torch.testing.assert_close(a, b)
 
 
+def test_a_weight_keeps_its_memory_format() -> None:
+    # a convolution of maps of one pixel, where its input has either, takes its own from the weight
+    w, matrix, results = torch.randn(6, 4, 3, 3), torch.randn(6, 6), []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        leaf = w.clone(memory_format=memory_format).requires_grad_()
+        restored, _ = frequency_transform(leaf, matrix)
+        assert restored.stride() == leaf.stride()
+        results.append((restored, *torch.autograd.grad((restored * w).sum(), leaf)))
+    for plain, last in zip(*results, strict=True):
+        assert torch.equal(plain, last)
+
+
 def test_published_form_takes_a_linear_layer_or_its_matrix() -> None:
     layer = nn.Linear(6, 6, bias=False)
     w = torch.randn(6, 4, 3, 3)
