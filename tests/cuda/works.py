@@ -287,7 +287,7 @@ def whole_run(device: torch.device, folder: Path, **values: Any) -> Found:
     train(TrainConfig(**common), dataset=few)
     path = train(TrainConfig(**{**common, "epochs": 2}), resume="auto", dataset=few).folder
     best, packed = path / BEST, folder / "best.safetensors"
-    save_packed(load_weights(create_model("vgg_tiny", values.get("preset"), 4), best), packed)
+    save_packed(load_weights(create_model(common["arch"], values.get("preset"), 4), best), packed)
     evaluated = []
     for file in (best, packed):
         given = {"init": str(file), "device": str(device), "compile": "off", "data": "digits", "test_batch_size": 360}

@@ -31,13 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def config(tiny_npz: tuple[Path, Path], output: Path, **values: Any) -> TrainConfig:
     train_path, test_path = map(str, tiny_npz)
     settings: dict[str, Any] = {"arch": "vgg_tiny", "bit": 4, "epochs": 2, "batch_size": 16, "lr": 0.05}
-    settings |= {
-        "crop_padding": 1,
-        "data": train_path,
-        "test_data": test_path,
-        "output": str(output),
-        "test_batch_size": 8,
-    }
+    settings |= {"crop_padding": 1, "test_batch_size": 8}
+    settings |= {"data": train_path, "test_data": test_path, "output": str(output)}
     return TrainConfig(**{**settings, **values})
 
 

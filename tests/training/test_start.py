@@ -35,16 +35,21 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apot_fat.training.build.MORE_VIEWS", 1)
 
 
+def learned(arch: str, output: Path) -> RunSummary:
+    """A float network that has learned the digits."""
+    return train(TrainConfig(arch=arch, bit=32, epochs=5, **DIGITS, output=str(output)))
+
+
 @pytest.fixture(scope="module")
 def fp32(tmp_path_factory: pytest.TempPathFactory) -> RunSummary:
-    """A network of three convolutions that has learned the digits."""
-    return train(TrainConfig(arch="vgg_tiny", bit=32, epochs=5, **DIGITS, output=str(tmp_path_factory.mktemp("fp32"))))
+    """One of three convolutions."""
+    return learned("vgg_tiny", tmp_path_factory.mktemp("fp32"))
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> RunSummary:
     """One of twenty, which rounding moves further."""
-    return train(TrainConfig(arch="resnet20", bit=32, epochs=5, **DIGITS, output=str(tmp_path_factory.mktemp("deep"))))
+    return learned("resnet20", tmp_path_factory.mktemp("deep"))
 
 
 @pytest.fixture(scope="module")

@@ -27,15 +27,9 @@ def make(tiny_npz: tuple[Path, Path], tmp_path: Path) -> Any:
     """Configs of a run of two epochs of three steps."""
 
     def config(**values: Any) -> TrainConfig:
-        settings: dict[str, Any] = {"arch": "vgg_tiny", "bit": 4, "epochs": 2, "batch_size": 16}
-        settings |= {
-            "lr": 0.05,
-            "crop_padding": 1,
-            "histogram_every": 0,
-            "data": str(tiny_npz[0]),
-            "test_data": str(tiny_npz[1]),
-            "output": str(tmp_path / "out"),
-        }
+        settings: dict[str, Any] = {"arch": "vgg_tiny", "bit": 4, "epochs": 2, "batch_size": 16, "lr": 0.05}
+        settings |= {"crop_padding": 1, "histogram_every": 0}
+        settings |= {"data": str(tiny_npz[0]), "test_data": str(tiny_npz[1]), "output": str(tmp_path / "out")}
         return TrainConfig(**{**settings, **values})
 
     return config
