@@ -7,7 +7,7 @@ import importlib
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from apot_fat.checkpoint import atomic_write
 from apot_fat.export.float32 import EXACT_FLOAT, RESCALE, SPLIT_SUMS, Rescaling, write_floats
 from apot_fat.export.graph import MARKS_DOMAIN, PROJECT, Projection, mark_index
 from apot_fat.export.int8 import best_range, write_integers
+from apot_fat.export.verification import open_session, parts_bar, verify, verifying_inputs
 from apot_fat.optional import needed_for
 from apot_fat.quant.all_layers import threshold_layers
 from apot_fat.quant.convert import fold_weight
@@ -34,17 +34,11 @@ if TYPE_CHECKING:
 
 ExportMode = Literal["float", "int8"]
 OPSET = 20
-FLOAT_LIMIT = 1e-4
-"""Largest relative error of a float file, or ``OWN_ERRORS`` times PyTorch's own, see ``export_onnx``."""
-OWN_ERRORS = 3
 INT8_LIMIT = 0.25
 """Largest relative error of an int8 file …"""
 INT8_AGREEMENT = 0.9
 """… and smallest share of inputs with the same largest output."""
-_TIE = 1e-6  # outputs closer than this, relative to the norm, are equal
-_VERIFY_IMAGES = 8
 _CALIBRATION_IMAGES = 64
-_CHUNK = 64  # inputs run at once
 
 
 class OnnxReport(NamedTuple):
@@ -110,13 +104,7 @@ def export_onnx(
         for package in ("onnx", "onnxscript", "onnxruntime"):
             importlib.import_module(package)
     _, one = split_batch(input_shape)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_VERIFY_IMAGES, *one, generator=generator) if verify_with is None else verify_with
-    if x.shape[1:] != one or not len(x):
-        raise ValueError(f"verify_with {tuple(x.shape)}: expected (N, {', '.join(map(str, one))}), N at least 1")
-    x = x.detach().to("cpu", torch.float32).contiguous()
-    if not x.isfinite().all():
-        raise ValueError("verify_with: holds NaN or infinity; give inputs that the network is for")
+    x = verifying_inputs(verify_with, one)
     reference = copy.deepcopy(model).to("cpu", torch.float32).eval()
     run_on(reference, zeros_for(reference, (1, *one)))
     graph, layers, rescalings = _trace(reference, one, float(x.abs().max()) if mode == "float" else None)
@@ -128,25 +116,22 @@ def export_onnx(
         ranges = _measure_ranges(file, graph, x)
         file, integer_convs = write_integers(graph, projections, numerators, ranges)
     content = file.SerializeToString()
-    expected = _outputs(reference, x)
-    error, agreement = _compare(_run(content, x.numpy()), expected)
-    if max_error is None:
-        max_error = INT8_LIMIT if mode == "int8" else FLOAT_LIMIT
-        if mode == "float" and error > max_error:
-            in_double = _outputs(copy.deepcopy(reference).double(), x.double())
-            max_error = max(max_error, OWN_ERRORS * _compare(in_double, expected)[0])
+    if max_error is None and mode == "int8":
+        max_error = INT8_LIMIT
     if min_agreement is None:
         min_agreement = INT8_AGREEMENT if mode == "int8" and verify_with is not None else 0.0
-    if not (error <= max_error and agreement >= min_agreement):
+    verdict = verify(content, reference, x, max_error, min_agreement)
+    if not verdict.holds:
         raise ValueError(
-            f"{path}: not written, since the {mode} file's outputs differ from the network's by {error:.2g} of their "
-            f"norm (allowed: {max_error:.2g}) and agree on the largest for {agreement:.1%} of {len(x)} inputs "
-            f"(required: {min_agreement:.0%}); verify with real inputs, or allow more with max_error and min_agreement"
+            f"{path}: not written, since the {mode} file's outputs differ from the network's by {verdict.error:.2g} of "
+            f"their norm (allowed: {verdict.max_error:.2g}) and agree on the largest for {verdict.agreement:.1%} of "
+            f"{len(x)} inputs (required: {min_agreement:.0%}); verify with real inputs, or allow more with max_error "
+            "and min_agreement"
         )
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
     quantized = sum(1 for _ in threshold_layers(reference))
-    return OnnxReport(Path(path), mode, error, max_error, agreement, integer_convs, quantized)
+    return OnnxReport(Path(path), mode, verdict.error, verdict.max_error, verdict.agreement, integer_convs, quantized)
 
 
 class _Plain(nn.Module):
@@ -297,48 +282,6 @@ def _integers(layer: AnyQuantized) -> Integers | None:
         return None
 
 
-def _only_output(y: Any) -> Tensor:
-    if not isinstance(y, Tensor):
-        raise ValueError(f"the network's output is a {type(y).__name__}: export one whose output is one tensor")
-    return y
-
-
-def _session(content: bytes) -> Any:
-    import onnxruntime as runtime
-
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-
-def _outputs(network: nn.Module, x: Tensor) -> np.ndarray:
-    with torch.no_grad():
-        parts = _bar(x.split(_CHUNK), "verify: PyTorch")
-        return torch.cat([_only_output(network(part)) for part in parts]).numpy()
-
-
-def _run(content: bytes, x: np.ndarray) -> np.ndarray:
-    session = _session(content)
-    name = session.get_inputs()[0].name
-    starts = _bar(range(0, len(x), _CHUNK), "verify: onnxruntime")
-    return np.concatenate([session.run(None, {name: x[start : start + _CHUNK]})[0] for start in starts])
-
-
-def _bar(parts: Iterable[Any], label: str) -> Iterable[Any]:
-    return tqdm(parts, desc=label, unit="part", leave=False, disable=None)
-
-
-def _compare(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-    # median relative error, and the share with the same largest output (or another as large)
-    if found.shape != expected.shape:
-        return np.inf, 0.0
-    rows_found, rows = found.reshape(len(found), -1).astype(float), expected.reshape(len(expected), -1).astype(float)
-    norms = np.maximum(np.linalg.norm(rows, axis=1), np.finfo(np.float32).tiny)
-    error = float(np.median(np.linalg.norm(rows_found - rows, axis=1) / norms))
-    there = rows[np.arange(len(rows)), rows_found.argmax(1)]
-    return error, float((there >= rows.max(1) - _TIE * norms).mean())
-
-
 def _measure_ranges(file: onnx.ModelProto, graph: onnx.ModelProto, x: Tensor) -> dict[str, tuple[float, float]]:
     # the range of every float feature map (N, C, H, W) of the float network that 256 steps represent best
     import onnx
@@ -357,11 +300,10 @@ def _measure_ranges(file: onnx.ModelProto, graph: onnx.ModelProto, x: Tensor) ->
     probe.CopyFrom(file)
     probe.graph.ClearField("output")
     probe.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
-    session = _session(probe.SerializeToString())
+    session = open_session(probe.SerializeToString())
     samples: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for part in _bar(
-        x[:_CALIBRATION_IMAGES].split(1), "ranges of sums"
-    ):  # the maps of one image alone may take a gigabyte
+    # the maps of one image alone may take a gigabyte
+    for part in parts_bar(x[:_CALIBRATION_IMAGES].split(1), "ranges of sums"):
         maps = session.run(None, {session.get_inputs()[0].name: part.numpy()})
         for name, values in zip(names, maps, strict=True):
             flat = values.ravel()
