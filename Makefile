@@ -23,6 +23,8 @@ demo: $(VENV)/.installed
 figures: demo
 	cp $(DEMO)/progressive.png .github/demo.png
 	$(BIN)/python scripts/sweep.py --table checkpoints/cifar10_ablation.csv --figure .github/ablation.png > /dev/null
+	$(BIN)/python scripts/sweep.py --table checkpoints/cifar10_budget.csv --baseline 'published, 48 epochs' \
+		--seconds .github/seconds.png > /dev/null
 
 # reference pages and guides, into site/
 docs: $(VENV)/.installed
