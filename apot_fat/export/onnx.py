@@ -120,18 +120,17 @@ def export_onnx(
         max_error = INT8_LIMIT
     if min_agreement is None:
         min_agreement = INT8_AGREEMENT if mode == "int8" and verify_with is not None else 0.0
-    verdict = verify(content, reference, x, max_error, min_agreement)
-    if not verdict.holds:
+    error, agreement, max_error = verify(content, reference, x, max_error)
+    if not (error <= max_error and agreement >= min_agreement):
         raise ValueError(
-            f"{path}: not written, since the {mode} file's outputs differ from the network's by {verdict.error:.2g} of "
-            f"their norm (allowed: {verdict.max_error:.2g}) and agree on the largest for {verdict.agreement:.1%} of "
-            f"{len(x)} inputs (required: {min_agreement:.0%}); verify with real inputs, or allow more with max_error "
-            "and min_agreement"
+            f"{path}: not written, since the {mode} file's outputs differ from the network's by {error:.2g} of their "
+            f"norm (allowed: {max_error:.2g}) and agree on the largest for {agreement:.1%} of {len(x)} inputs "
+            f"(required: {min_agreement:.0%}); verify with real inputs, or allow more with max_error and min_agreement"
         )
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
     quantized = sum(1 for _ in threshold_layers(reference))
-    return OnnxReport(Path(path), mode, verdict.error, verdict.max_error, verdict.agreement, integer_convs, quantized)
+    return OnnxReport(Path(path), mode, error, max_error, agreement, integer_convs, quantized)
 
 
 class _Plain(nn.Module):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,30 +19,12 @@ _INPUTS = 8
 _CHUNK = 64  # inputs run at once
 
 
-class Verdict(NamedTuple):
-    """How far a file is from its network, ``error`` and ``agreement`` as of ``OnnxReport``, and what it may be."""
+def verify(content: bytes, reference: nn.Module, x: Tensor, max_error: float | None) -> tuple[float, float, float]:
+    """Run a file and its network, float32 and in evaluation mode, on a batch.
 
-    error: float
-    agreement: float
-    max_error: float
-    min_agreement: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether it is no further, which nothing is that is NaN."""
-        return self.error <= self.max_error and self.agreement >= self.min_agreement
-
-
-def verify(
-    content: bytes,
-    reference: nn.Module,
-    x: Tensor,
-    max_error: float | None,
-    min_agreement: float,
-) -> Verdict:
-    """Run a file and its network, float32 and in evaluation mode, on a batch; ``export_onnx`` says what is compared.
-
-    Without ``max_error`` the file is to be as close as float arithmetic comes.
+    Returns:
+        ``error`` and ``agreement`` as of ``OnnxReport``; and the largest error allowed: ``max_error`` or, without it,
+        what float arithmetic leaves, see ``export_onnx``.
     """
     expected = _outputs(reference, x)
     error, agreement = _compare(_run(content, x.numpy()), expected)
@@ -51,10 +33,10 @@ def verify(
         if error > max_error:
             in_double = _outputs(copy.deepcopy(reference).double(), x.double())
             max_error = max(max_error, OWN_ERRORS * _compare(in_double, expected)[0])
-    return Verdict(error, agreement, max_error, min_agreement)
+    return error, agreement, max_error
 
 
-def verifying_inputs(given: Tensor | None, shape: Sequence[int]) -> Tensor:
+def verifying_inputs(given: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     """A batch of inputs of a shape, on the CPU: those given, or a few normally distributed ones.
 
     Raises:
@@ -62,7 +44,7 @@ def verifying_inputs(given: Tensor | None, shape: Sequence[int]) -> Tensor:
     """
     if given is None:
         return torch.randn(_INPUTS, *shape, generator=torch.Generator().manual_seed(0))
-    if given.shape[1:] != tuple(shape) or not len(given):
+    if given.shape[1:] != shape or not len(given):
         raise ValueError(f"verify_with {tuple(given.shape)}: expected (N, {', '.join(map(str, shape))}), N at least 1")
     x = given.detach().to("cpu", torch.float32).contiguous()
     if not x.isfinite().all():
